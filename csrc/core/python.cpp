@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// fastbb._C: torch-free facts about the build and the machine, and launch plans.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "core/isa.h"
+#include "ops/window_attention/window_attention.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> isa_levels() {
+  std::vector<std::string> levels;
+  for (int i = 0; i < fastbb::kIsaCount; ++i) {
+    const auto level = static_cast<fastbb::Isa>(i);
+    if (fastbb::isa_available(level)) levels.emplace_back(fastbb::isa_name(level));
+  }
+  return levels;
+}
+
+void set_isa(const std::string& name) {
+  for (int i = 0; i < fastbb::kIsaCount; ++i) {
+    const auto level = static_cast<fastbb::Isa>(i);
+    if (name == fastbb::isa_name(level) && fastbb::set_isa(level)) return;
+  }
+  throw py::value_error("set_isa: level must be available on this machine, got " + name);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTBB_VERSION;
+  info["torch_built_with"] = FASTBB_TORCH_BUILD_VERSION;
+  info["compiler"] = FASTBB_COMPILER;
+  info["cuda"] = false;
+  info["isa"] = fastbb::isa_name(fastbb::isa());
+  info["isa_levels"] = isa_levels();
+  return info;
+}
+
+py::dict window_attention_plan(int64_t batch, int64_t heads, int64_t head_dim, int64_t nq,
+                               int64_t nk, int64_t windows_y, int64_t windows_x, bool q_shared,
+                               bool dense_bias_gradient) {
+  fastbb::WindowAttentionParams p{};
+  p.batch = batch;
+  p.heads = static_cast<int>(heads);
+  p.head_dim = static_cast<int>(head_dim);
+  p.nq = nq;
+  p.nk = nk;
+  p.windows_y = static_cast<int>(windows_y);
+  p.windows_x = static_cast<int>(windows_x);
+  p.q_shared = q_shared;
+  const auto plan = fastbb::window_attention_plan(p, dense_bias_gradient);
+  py::dict result;
+  result["forward_tasks"] = plan.forward_tasks;
+  result["q_block_rows"] = plan.q_block_rows;
+  result["key_block"] = plan.key_block;
+  result["backward_tasks"] = plan.backward_tasks;
+  result["windows_per_chunk"] = plan.windows_per_chunk;
+  result["q_splits"] = plan.q_splits;
+  result["partial_floats"] = plan.partial_dq + plan.partial_dkv;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build facts, instruction-set levels and launch plans of fastbb (no torch inside).";
+  m.def("build_info", &build_info, "What was built, and what runs here.");
+  m.def("isa", [] { return fastbb::isa_name(fastbb::isa()); }, "Level in force.");
+  m.def("isa_levels", &isa_levels, "Levels of this build that this machine runs, weakest first.");
+  m.def("set_isa", &set_isa, py::arg("level"), "Process-wide level of the CPU kernels.");
+  m.def("window_attention_plan", &window_attention_plan, py::kw_only(), py::arg("batch"),
+        py::arg("heads"), py::arg("head_dim"), py::arg("nq"), py::arg("nk"),
+        py::arg("windows_y") = 1, py::arg("windows_x") = 1, py::arg("q_shared") = false,
+        py::arg("dense_bias_gradient") = false,
+        "How window_attention cuts its work; depends on sizes only.");
+}

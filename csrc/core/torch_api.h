@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// The only file that includes torch: its stable ABI. Host code uses the names defined here.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/check.h"
+#include "core/dtype.h"
+
+namespace fastbb {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::vector<int64_t> shape_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+// Element type of a tensor that kernels take directly.
+inline Dtype kernel_dtype(const char* op, const char* argument, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      fail(op, argument, "must be float32, bfloat16 or float16", "another dtype");
+  }
+}
+
+// float32 and contiguous; copies only when it has to.
+inline Tensor as_float32(const Tensor& x) {
+  const Tensor converted =
+      x.scalar_type() == ScalarType::Float ? x : torch::stable::to(x, ScalarType::Float);
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+}
+
+inline Tensor new_float32(const Tensor& like, const std::vector<int64_t>& shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Float);
+}
+
+inline Tensor new_float32_zeros(const Tensor& like, const std::vector<int64_t>& shape) {
+  return torch::stable::new_zeros(like, shape, ScalarType::Float);
+}
+
+inline float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+}  // namespace fastbb

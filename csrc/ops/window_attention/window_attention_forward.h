@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward pass of one task: up to 64 queries of one head of one problem.
+//
+// 1. Pack the K block transposed [d, keys] and the V block [keys, d]; consecutive tasks of the same
+//    head reuse them. At N = 49, d = 32 that is 13 KB and at N = 196 50 KB: L1 and L2.
+// 2. For each tile of 6 queries: logits tile = Q K^T in registers -> 6 rows in L1, add bias and
+//    masks, softmax, then the output tile = P V. The N x N logits never exist.
+// 3. Problems with more than 2048 keys run over blocks of 512 keys with a running maximum and sum.
+//
+// Bound: arithmetic. Per query 4 N d flops of FMA against about 14 vector instructions per kLanes
+// logits for the exponential, and N/kLanes rounded up (49 -> 64 with 16 lanes) in Q K^T.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "core/scratch.h"
+#include "core/tile.h"
+#include "ops/window_attention/window_attention_tokens.h"
+
+namespace fastbb {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Working memory of a thread. Strides are in 32-bit elements.
+struct ForwardScratch {
+  Tokens tokens;
+  float* rows;      // [keys, row_ld] staging for the transposition
+  float* keys_t;    // [row_ld, key_ld] K^T
+  float* values;    // [keys, value_ld]
+  float* queries;   // [kTileRows, row_ld]
+  float* logits;    // [kTileRows, key_ld], then softmax weights
+  float* weights;   // the weights as operand of P V (the same rows in float32)
+  float* bias;      // [kTileRows, bias_ld]
+  float* out;       // [q_block_rows, value_ld]
+  int64_t* query;   // [q_block_rows] the real queries of the task
+  float* maximum;   // [q_block_rows]
+  float* sum;       // [q_block_rows]
+  int64_t key_ld, row_ld, value_ld, bias_ld, weight_ld;
+};
+
+// float32 arithmetic for any element type.
+template <class T>
+struct Fp32Engine {
+  using Element = T;
+  using Dot = DotF32;
+  static int64_t row_ld(int64_t d) { return round_up(d, kLanes); }
+  static int64_t weight_ld(int64_t) { return 0; }  // the logits rows serve
+  static int64_t query_inner(int64_t d) { return d; }
+  static int64_t key_inner(int64_t keys) { return keys; }
+
+  static void pack_keys(const WindowAttentionParams& p, ForwardScratch& s, int64_t head,
+                        int64_t first, int64_t n) {
+    pack_rows<T>(p, s.tokens, p.k, p.k_pad, head, first, n, s.row_ld, s.rows);
+    if (p.qk_l2norm) {
+      for (int64_t i = 0; i < n; ++i) normalise_row(s.rows + i * s.row_ld, s.row_ld);
+    }
+    transpose_rows(s.rows, round_up(n, kLanes), s.row_ld, s.row_ld, s.keys_t, s.key_ld);
+  }
+  static void pack_values(const WindowAttentionParams& p, ForwardScratch& s, int64_t head,
+                          int64_t first, int64_t n) {
+    pack_rows<T>(p, s.tokens, p.v, p.v_pad, head, first, n, s.value_ld, s.values);
+  }
+  static void load_query(const WindowAttentionParams& p, const T* from, float* to, int64_t ld) {
+    load_row(from, p.head_dim, ld, to);
+    if (p.qk_l2norm) normalise_row(to, ld);
+  }
+  static const float* weights(ForwardScratch& s, int64_t, int64_t) { return s.logits; }
+};
+
+#if defined(FASTBB_ISA_AVX512_BF16)
+// bfloat16 operands, two per 32-bit lane, multiplied and summed in float32. The softmax weights
+// are rounded to bfloat16; their sum is not. Not used with L2-normalisation, whose unit vectors
+// would lose what a scale of up to 100 then magnifies.
+struct Bf16Engine {
+  using Element = BFloat16;
+  using Dot = DotBf16Pairs;
+  static int64_t row_ld(int64_t d) { return round_up(d, 2 * kLanes) / 2; }
+  static int64_t weight_ld(int64_t keys) { return round_up(keys, 2 * kLanes) / 2; }
+  static int64_t query_inner(int64_t d) { return (d + 1) / 2; }
+  static int64_t key_inner(int64_t keys) { return (keys + 1) / 2; }
+
+  // d bfloat16 -> pairs, zero-filled up to ld lanes; `from` null gives zeros.
+  static FASTBB_INLINE void copy_row(const BFloat16* from, int64_t d, float* to, int64_t ld) {
+    auto* bits = reinterpret_cast<uint16_t*>(to);
+    int64_t c = 0;
+    if (from != nullptr) {
+      for (; c + 2 * kLanes <= d; c += 2 * kLanes) {
+        const auto v = load_as<VecF>(from + c);
+        std::memcpy(bits + c, &v, sizeof(v));
+      }
+      if (c < d) {
+        const __mmask32 present = static_cast<__mmask32>((1ull << (d - c)) - 1);
+        _mm512_storeu_si512(bits + c, _mm512_maskz_loadu_epi16(present, from + c));
+        c += 2 * kLanes;
+      }
+    }
+    for (; c < 2 * ld; c += 2 * kLanes) store(reinterpret_cast<float*>(bits + c), VecF{});
+  }
+  static FASTBB_INLINE void pack_token(const WindowAttentionParams& p, const Tokens& t,
+                                       const TokenMap& map, const float* pad, int64_t head,
+                                       int64_t token, int64_t ld, float* row) {
+    const int64_t d = p.head_dim;
+    if (is_real(p, t, token)) {
+      const auto* from = token_at<const BFloat16>(p, t, map, head, token);
+      prefetch_next(p, map, head, from);
+      copy_row(from, d, row, ld);
+    } else {
+      copy_row(nullptr, d, row, ld);
+      if (pad != nullptr) store_row(pad + head * d, d, 1.0f, reinterpret_cast<BFloat16*>(row));
+    }
+  }
+  static void pack(const WindowAttentionParams& p, const ForwardScratch& s, const TokenMap& map,
+                   const float* pad, int64_t head, int64_t first, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      pack_token(p, s.tokens, map, pad, head, first + i, s.row_ld, s.rows + i * s.row_ld);
+    }
+    for (int64_t i = n; i < round_up(n, 2 * kLanes); ++i) {
+      copy_row(nullptr, p.head_dim, s.rows + i * s.row_ld, s.row_ld);
+    }
+  }
+  static void pack_keys(const WindowAttentionParams& p, ForwardScratch& s, int64_t head,
+                        int64_t first, int64_t n) {
+    pack(p, s, p.k, p.k_pad, head, first, n);
+    transpose_rows(s.rows, round_up(n, kLanes), s.row_ld, s.row_ld, s.keys_t, s.key_ld);
+  }
+  // Pairs run along the keys: lane c of pair row i holds values 2i and 2i+1 of channel c.
+  static void pack_values(const WindowAttentionParams& p, ForwardScratch& s, int64_t head,
+                          int64_t first, int64_t n) {
+    pack(p, s, p.v, p.v_pad, head, first, n);
+    for (int64_t i = 0; i < n; i += 2) {
+      const auto* even = reinterpret_cast<const uint16_t*>(s.rows + i * s.row_ld);
+      const auto* odd = reinterpret_cast<const uint16_t*>(s.rows + (i + 1) * s.row_ld);
+      for (int64_t c = 0; c < s.value_ld; c += kLanes) {
+        const VecU low = __builtin_convertvector(load_as<VecH>(even + c), VecU);
+        const VecU high = __builtin_convertvector(load_as<VecH>(odd + c), VecU);
+        store(s.values + i / 2 * s.value_ld + c, bit_cast<VecF>(low | (high << 16)));
+      }
+    }
+  }
+  static void load_query(const WindowAttentionParams& p, const BFloat16* from, float* to,
+                         int64_t ld) {
+    copy_row(from, p.head_dim, to, ld);
+  }
+  static const float* weights(ForwardScratch& s, int64_t rows, int64_t keys) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* from = s.logits + r * s.key_ld;
+      for (int64_t j = 0; j < keys; j += 2 * kLanes) {
+        const VecF low = load(from + j);
+        const VecF high = j + kLanes < s.key_ld ? load(from + j + kLanes) : VecF{};
+        store(s.weights + r * s.weight_ld + j / 2,
+              bit_cast<VecF>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low))));
+      }
+    }
+    return s.weights;
+  }
+};
+#endif
+
+template <class Engine>
+int64_t carve_forward(const WindowAttentionParams& p, const WindowAttentionPlan& plan, void* base,
+                      ForwardScratch& s) {
+  const int64_t keys = round_up(plan.key_block, 2 * kLanes);
+  s.key_ld = round_up(plan.key_block, kLanes);
+  s.row_ld = Engine::row_ld(p.head_dim);
+  s.value_ld = round_up(p.head_dim, kLanes);
+  s.bias_ld = s.key_ld + kLanes;
+  s.weight_ld = Engine::weight_ld(plan.key_block);
+  Carver carver(base);
+  s.tokens.keys = carver.take<Token>(p.full ? 0 : p.nk);
+  s.tokens.region = carver.take<int32_t>(p.full ? 0 : round_up(p.nk, kLanes) + kLanes);
+  s.rows = carver.take<float>(keys * s.row_ld);
+  s.keys_t = carver.take<float>(s.row_ld * s.key_ld);
+  s.values = carver.take<float>(keys * s.value_ld);
+  s.queries = carver.take<float>(kTileRows * s.row_ld);
+  s.logits = carver.take<float>(kTileRows * s.key_ld);
+  s.weights = carver.take<float>(kTileRows * s.weight_ld);
+  s.bias = carver.take<float>(kTileRows * s.bias_ld);
+  s.out = carver.take<float>(plan.q_block_rows * s.value_ld);
+  s.query = carver.take<int64_t>(plan.q_block_rows);
+  s.maximum = carver.take<float>(plan.q_block_rows);
+  s.sum = carver.take<float>(plan.q_block_rows);
+  return carver.used();
+}
+
+// Whether each query expands its own bias row from the table.
+inline bool expands_rows(const WindowAttentionParams& p) {
+  return p.table != nullptr && p.bias == nullptr;
+}
+
+inline LogitTerms logit_terms(const WindowAttentionParams& p, const Tokens& t, int64_t head,
+                              int64_t query, int64_t first_key, const float* expanded_bias) {
+  const int64_t mask_index = p.full ? t.image : t.window;
+  LogitTerms terms;
+  terms.scale = p.scale_per_head != nullptr ? p.scale_per_head[head] : p.scale;
+  terms.bias = expanded_bias;
+  if (p.bias != nullptr) terms.bias = p.bias + (head * p.nq + query) * p.bias_ld + first_key;
+  terms.mask = nullptr;
+  if (p.mask != nullptr) {
+    terms.mask = p.mask + (mask_index % p.mask_count * p.nq + query) * p.nk + first_key;
+  }
+  terms.region = t.has_regions ? t.region + first_key : nullptr;
+  terms.query_region = t.has_regions ? t.region[query] : 0;
+  terms.region_value = p.swin_mask_value;
+  return terms;
+}
+
+// Raw products -> logits in place; lanes beyond `keys` become -inf. Returns the maxima by lane.
+FASTBB_INLINE VecF logits_row(float* s, int64_t keys, const LogitTerms& terms) {
+  const int64_t whole = keys / kLanes * kLanes;
+  VecF top = broadcast(-kInfinity);
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    const VecF x = apply_terms<false>(load(s + j), terms, j, kLanes);
+    store(s + j, x);
+    top = max(top, x);
+  }
+  if (whole < keys) {
+    const int rest = static_cast<int>(keys - whole);
+    VecF x = apply_terms<true>(load(s + whole), terms, whole, rest);
+    x = first_lanes(rest) ? x : broadcast(-kInfinity);
+    store(s + whole, x);
+    top = max(top, x);
+  }
+  return top;
+}
+
+// Logits -> exp(logit - shift), in place. Returns the sums by lane.
+FASTBB_INLINE VecF exponentiate_row(float* s, int64_t key_ld, float shift) {
+  VecF total{};
+  for (int64_t j = 0; j < key_ld; j += kLanes) {
+    const VecF e = exp(load(s + j) - shift);
+    store(s + j, e);
+    total += e;
+  }
+  return total;
+}
+
+// Raw products of a tile -> softmax weights relative to each row's running maximum, in place.
+// Goes through the rows once per step, so that the long latencies of a row (horizontal maximum,
+// exponential, horizontal sum) overlap with the other rows'.
+inline void softmax_tile(const WindowAttentionParams& p, const ForwardScratch& s, int64_t head,
+                         int64_t r0, int64_t rows, int64_t first_key, int64_t keys) {
+  const bool first = first_key == 0;
+  VecF lanes[kTileRows];
+  float shift[kTileRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* expanded = expands_rows(p) ? s.bias + r * s.bias_ld : nullptr;
+    const auto terms = logit_terms(p, s.tokens, head, s.query[r0 + r], first_key, expanded);
+    lanes[r] = logits_row(s.logits + r * s.key_ld, keys, terms);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float& maximum = s.maximum[r0 + r];
+    const float block_max = reduce_max(lanes[r]);
+    const float new_max = first || block_max > maximum ? block_max : maximum;
+    // All keys masked with -inf so far: subtract 0, so that later blocks still count.
+    shift[r] = new_max == -kInfinity ? 0.0f : new_max;
+    if (!first) {
+      const float shrink = exp(broadcast(maximum - shift[r]))[0];
+      s.sum[r0 + r] *= shrink;
+      scale_row(s.out + (r0 + r) * s.value_ld, shrink, s.value_ld);
+    }
+    maximum = new_max;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    lanes[r] = exponentiate_row(s.logits + r * s.key_ld, round_up(keys, kLanes), shift[r]);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    s.sum[r0 + r] = (first ? 0.0f : s.sum[r0 + r]) + reduce_add(lanes[r]);
+  }
+}
+
+// One tile of `rows` queries (from entry r0 of the task's list) against the packed key block.
+template <class Engine>
+void forward_tile(const WindowAttentionParams& p, ForwardScratch& s, int64_t head, int64_t r0,
+                  int64_t rows, int64_t first_key, int64_t keys) {
+  using T = typename Engine::Element;
+  using Dot = typename Engine::Dot;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t query = s.query[r0 + r];
+    const T* from = query_at<const T>(p, s.tokens, p.q, head, query);
+    prefetch_next(p, p.q, head, from);
+    Engine::load_query(p, from, s.queries + r * s.row_ld, s.row_ld);
+    if (expands_rows(p)) {
+      expand_bias_row(p, head, query, first_key, keys, s.bias + r * s.bias_ld);
+    }
+  }
+  multiply<Dot>(rows, round_up(keys, kLanes) / kLanes,
+                {Engine::query_inner(p.head_dim), s.queries, s.row_ld, 1, s.keys_t, s.key_ld,
+                 s.logits, s.key_ld, false});
+  softmax_tile(p, s, head, r0, rows, first_key, keys);
+  const float* weights = Engine::weights(s, rows, keys);
+  const int64_t weight_ld = weights == s.logits ? s.key_ld : s.weight_ld;
+  multiply<Dot>(rows, s.value_ld / kLanes,
+                {Engine::key_inner(keys), weights, weight_ld, 1, s.values, s.value_ld,
+                 s.out + r0 * s.value_ld, s.value_ld, first_key != 0});
+}
+
+template <class Engine>
+void forward_tasks(const WindowAttentionParams& p, const WindowAttentionPlan& plan, int64_t begin,
+                   int64_t end) {
+  using T = typename Engine::Element;
+  ForwardScratch s;
+  const int64_t bytes = carve_forward<Engine>(p, plan, nullptr, s);
+  carve_forward<Engine>(p, plan, thread_scratch(static_cast<size_t>(bytes)), s);
+  const int64_t windows = p.full ? 1 : int64_t{p.windows_y} * p.windows_x;
+  int64_t packed_problem = -1, packed_head = -1, packed_key = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t q_block = task % plan.q_blocks;
+    const int64_t head = task / plan.q_blocks % p.heads;
+    const int64_t problem = task / plan.q_blocks / p.heads;
+    if (problem != packed_problem) locate(p, problem / windows, problem % windows, s.tokens);
+    if (problem != packed_problem || head != packed_head) packed_key = -1;
+    packed_problem = problem;
+    packed_head = head;
+
+    float* lse = p.lse + (problem * p.heads + head) * p.nq;
+    const int64_t q_end = smaller((q_block + 1) * plan.q_block_rows, p.nq);
+    int64_t rows = 0;
+    for (int64_t query = q_block * plan.q_block_rows; query < q_end; ++query) {
+      lse[query] = 0.0f;
+      if (is_real(p, s.tokens, query)) s.query[rows++] = query;
+    }
+    for (int64_t key = 0; rows > 0 && key < p.nk; key += plan.key_block) {
+      const int64_t keys = smaller(plan.key_block, p.nk - key);
+      if (packed_key != key) {
+        Engine::pack_keys(p, s, head, key, keys);
+        Engine::pack_values(p, s, head, key, keys);
+        packed_key = key;
+      }
+      const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+      for (int64_t t = 0, r = 0; t < tiles; ++t) {
+        const int64_t n = (rows - r + tiles - t - 1) / (tiles - t);
+        forward_tile<Engine>(p, s, head, r, n, key, keys);
+        r += n;
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      store_row(s.out + r * s.value_ld, p.head_dim, 1.0f / s.sum[r],
+                token_at<T>(p, s.tokens, p.out, head, s.query[r]));
+      lse[s.query[r]] = s.maximum[r] + std::log(s.sum[r]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastbb

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One message form for bad arguments: `op: argument rule, got value`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fail(
+    op: str, argument: str, rule: str, got: object, error: type[Exception] = ValueError
+) -> None:
+    """Raises `error` with the project's message form."""
+    raise error(f"{op}: {argument} {rule}, got {got}")
+
+
+def check_tensor(
+    op: str, name: str, x: Any, dtypes: Sequence[torch.dtype] | None = None
+) -> None:
+    """A strided (dense) tensor, of one of `dtypes` when given."""
+    if not isinstance(x, Tensor):
+        fail(op, name, "must be a torch.Tensor", type(x).__name__, TypeError)
+    if x.layout != torch.strided:
+        fail(op, name, "must be a dense tensor", x.layout, TypeError)
+    if dtypes is not None and x.dtype not in dtypes:
+        fail(op, name, f"must have a dtype of {[str(t) for t in dtypes]}", x.dtype, TypeError)
+
+
+def check_shape(op: str, name: str, x: Tensor, shape: Sequence[int], letters: str) -> None:
+    """`x.shape == shape`; `letters` names the dimensions in the message."""
+    if x.dim() != len(shape) or any(a != b for a, b in zip(x.shape, shape, strict=True)):
+        fail(op, name, f"must have shape {letters} = {list(shape)}", list(x.shape))
+
+
+def check_same(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Same device and dtype as another argument."""
+    if x.device != other.device:
+        fail(op, name, f"must be on {other_name}'s device {other.device}", x.device)
+    if x.dtype != other.dtype:
+        fail(op, name, f"must have {other_name}'s dtype {other.dtype}", x.dtype, TypeError)
+
+
+def pair(op: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """An int or two ints -> (height, width)."""
+    if isinstance(value, (list, tuple)):
+        if len(value) != 2:
+            fail(op, name, "must be an int or two ints", value)
+        return value[0], value[1]
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        fail(op, name, "must be an int or two ints", repr(value), TypeError)
+    return value, value  # type: ignore[return-value]
