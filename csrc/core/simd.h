@@ -119,35 +119,53 @@ FASTBB_INLINE float reduce_max(VecF v) {
   return reduce(v, [](VecF a, VecF b) __attribute__((always_inline)) { return max(a, b); });
 }
 
-// e^x for x <= 88, relative error about 1e-7; results below the smallest normal number may be 0;
-// -inf gives 0, NaN stays NaN.
-// Reduction x = n ln2 + r with |r| <= ln2/2, then the degree-6 polynomial of Cephes' expf.
+// e^x for x <= 88: relative error below 2e-7 + 6e-8 |x|, which the weight e^x of a softmax makes
+// harmless; exactly 1 at 0; results below the smallest normal number may be 0; -inf gives 0, NaN
+// stays NaN.
+// x log2(e) = n + f with |f| <= 1/2, then the degree-5 minimax polynomial of 2^f with p(0) = 1.
 FASTBB_INLINE VecF exp(VecF x) {
+  constexpr float kLog2E = 1.44269504088896341f;
   constexpr float kShifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  constexpr float kLowest = -87.33654f;    // log of the smallest normal number
 #if defined(__AVX512F__)
-  // Far below the lowest result the scaling underflows to 0 by itself. The second operand of the
-  // maximum is the one that survives a NaN.
+  // Far below the smallest result the scaling underflows to 0 by itself.
   x = max(broadcast(-200.0f), x);
 #endif
-  const VecF shifted = x * 1.44269504088896341f + kShifter;
+  const VecF shifted = x * kLog2E + kShifter;
   const VecF n = shifted - kShifter;
-  VecF r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  VecF y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + (r + 1.0f);
+  const VecF f = x * kLog2E - n;
+  VecF y = f * 1.3274633e-3f + 9.671962e-3f;
+  y = y * f + 5.5506784e-2f;
+  y = y * f + 0.24022235f;
+  y = y * f + 0.69314706f;
+  y = y * f + 1.0f;
 #if defined(__AVX512F__)
-  (void)kLowest;
   return bit_cast<VecF>(_mm512_scalef_ps(bit_cast<__m512>(y), bit_cast<__m512>(n)));
 #else
-  // The low bits of `shifted` hold n: move n + 127 into the exponent field.
-  const VecF power = bit_cast<VecF>((bit_cast<VecI>(shifted) + 127) << 23);
-  return x < broadcast(kLowest) ? VecF{} : y * power;
+  // The low bits of `shifted` hold n: add it to the exponent field.
+  const VecF scaled = bit_cast<VecF>(bit_cast<VecI>(y) + (bit_cast<VecI>(shifted) << 23));
+  return x < broadcast(-87.0f) ? VecF{} : scaled;
 #endif
+}
+
+// Natural logarithm of a positive normal number, relative error about 1e-7; NaN stays NaN.
+// x = 2^e m with sqrt(1/2) <= m < sqrt(2), then Cephes' logf polynomial in m - 1.
+FASTBB_INLINE VecF log(VecF x) {
+  constexpr int32_t kHalfRoot = 0x3f3504f3;  // sqrt(1/2)
+  const VecI bits = bit_cast<VecI>(x) - kHalfRoot;
+  const VecF e = __builtin_convertvector(bits >> 23, VecF);
+  const VecF f = bit_cast<VecF>((bits & 0x7fffff) + kHalfRoot) - 1.0f;
+  VecF y = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  y = y * f + 1.1676998740e-1f;
+  y = y * f - 1.2420140846e-1f;
+  y = y * f + 1.4249322787e-1f;
+  y = y * f - 1.6668057665e-1f;
+  y = y * f + 2.0000714765e-1f;
+  y = y * f - 2.4999993993e-1f;
+  y = y * f + 3.3333331174e-1f;
+  const VecF square = f * f;
+  y = y * f * square + e * -2.12194440e-4f - 0.5f * square;
+  y = f + y + e * 0.693359375f;
+  return x == x ? y : x;
 }
 
 // ---- loads and stores of element types; n < kLanes lanes, the others read as 0 ----

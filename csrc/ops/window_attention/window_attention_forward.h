@@ -3,8 +3,9 @@
 //
 // 1. Pack the K block transposed [d, keys] and the V block [keys, d]; consecutive tasks of the same
 //    head reuse them. At N = 49, d = 32 that is 13 KB and at N = 196 50 KB: L1 and L2.
-// 2. For each tile of 6 queries: logits tile = Q K^T in registers -> 6 rows in L1, add bias and
-//    masks, softmax, then the output tile = P V. The N x N logits never exist.
+// 2. For each block of queries whose logits fit in 64 KB (N = 196: all 49): Q K^T, add bias
+//    and masks, softmax, P V. Each step finishes the block before the next begins, so that the
+//    latencies of a row (horizontal maximum, exponential, horizontal sum) overlap with other rows'.
 // 3. Problems with more than 2048 keys run over blocks of 512 keys with a running maximum and sum.
 //
 // Bound: arithmetic. Per query 4 N d flops of FMA against about 14 vector instructions per kLanes
@@ -30,15 +31,16 @@ struct ForwardScratch {
   float* rows;      // [keys, row_ld] staging for the transposition
   float* keys_t;    // [row_ld, key_ld] K^T
   float* values;    // [keys, value_ld]
-  float* queries;   // [kTileRows, row_ld]
-  float* logits;    // [kTileRows, key_ld], then softmax weights
+  float* queries;   // [block_rows, row_ld]
+  float* logits;    // [block_rows, key_ld], then softmax weights
   float* weights;   // the weights as operand of P V (the same rows in float32)
-  float* bias;      // [kTileRows, bias_ld]
+  float* bias;      // [block_rows, bias_ld]
+  VecF* lanes;      // [block_rows] maxima, then sums, by lane
   float* out;       // [q_block_rows, value_ld]
   int64_t* query;   // [q_block_rows] the real queries of the task
   float* maximum;   // [q_block_rows]
   float* sum;       // [q_block_rows]
-  int64_t key_ld, row_ld, value_ld, bias_ld, weight_ld;
+  int64_t key_ld, row_ld, value_ld, bias_ld, weight_ld, block_rows;
 };
 
 // float32 arithmetic for any element type.
@@ -159,6 +161,12 @@ struct Bf16Engine {
 };
 #endif
 
+// Rows of logits kept at once.
+inline int64_t forward_block_rows(int64_t key_ld, int64_t q_block_rows) {
+  constexpr int64_t kFloats = 16384;
+  return larger(smaller(kFloats / key_ld, q_block_rows), smaller(kTileRows, q_block_rows));
+}
+
 template <class Engine>
 int64_t carve_forward(const WindowAttentionParams& p, const WindowAttentionPlan& plan, void* base,
                       ForwardScratch& s) {
@@ -168,20 +176,22 @@ int64_t carve_forward(const WindowAttentionParams& p, const WindowAttentionPlan&
   s.value_ld = round_up(p.head_dim, kLanes);
   s.bias_ld = s.key_ld + kLanes;
   s.weight_ld = Engine::weight_ld(plan.key_block);
+  s.block_rows = forward_block_rows(s.key_ld, plan.q_block_rows);
   Carver carver(base);
   s.tokens.keys = carver.take<Token>(p.full ? 0 : p.nk);
   s.tokens.region = carver.take<int32_t>(p.full ? 0 : round_up(p.nk, kLanes) + kLanes);
   s.rows = carver.take<float>(keys * s.row_ld);
   s.keys_t = carver.take<float>(s.row_ld * s.key_ld);
   s.values = carver.take<float>(keys * s.value_ld);
-  s.queries = carver.take<float>(kTileRows * s.row_ld);
-  s.logits = carver.take<float>(kTileRows * s.key_ld);
-  s.weights = carver.take<float>(kTileRows * s.weight_ld);
-  s.bias = carver.take<float>(kTileRows * s.bias_ld);
+  s.queries = carver.take<float>(s.block_rows * s.row_ld);
+  s.logits = carver.take<float>(s.block_rows * s.key_ld);
+  s.weights = carver.take<float>(s.block_rows * s.weight_ld);
+  s.bias = carver.take<float>(s.block_rows * s.bias_ld);
+  s.lanes = carver.take<VecF>(s.block_rows);
   s.out = carver.take<float>(plan.q_block_rows * s.value_ld);
   s.query = carver.take<int64_t>(plan.q_block_rows);
-  s.maximum = carver.take<float>(plan.q_block_rows);
-  s.sum = carver.take<float>(plan.q_block_rows);
+  s.maximum = carver.take<float>(round_up(plan.q_block_rows, kLanes));
+  s.sum = carver.take<float>(round_up(plan.q_block_rows, kLanes));
   return carver.used();
 }
 
@@ -237,44 +247,38 @@ FASTBB_INLINE VecF exponentiate_row(float* s, int64_t key_ld, float shift) {
   return total;
 }
 
-// Raw products of a tile -> softmax weights relative to each row's running maximum, in place.
-// Goes through the rows once per step, so that the long latencies of a row (horizontal maximum,
-// exponential, horizontal sum) overlap with the other rows'.
-inline void softmax_tile(const WindowAttentionParams& p, const ForwardScratch& s, int64_t head,
-                         int64_t r0, int64_t rows, int64_t first_key, int64_t keys) {
+// Raw products of a block -> softmax weights relative to each row's running maximum, in place.
+inline void softmax_block(const WindowAttentionParams& p, const ForwardScratch& s, int64_t head,
+                          int64_t r0, int64_t rows, int64_t first_key, int64_t keys) {
   const bool first = first_key == 0;
-  VecF lanes[kTileRows];
-  float shift[kTileRows];
   for (int64_t r = 0; r < rows; ++r) {
     const float* expanded = expands_rows(p) ? s.bias + r * s.bias_ld : nullptr;
     const auto terms = logit_terms(p, s.tokens, head, s.query[r0 + r], first_key, expanded);
-    lanes[r] = logits_row(s.logits + r * s.key_ld, keys, terms);
+    s.lanes[r] = logits_row(s.logits + r * s.key_ld, keys, terms);
   }
   for (int64_t r = 0; r < rows; ++r) {
     float& maximum = s.maximum[r0 + r];
-    const float block_max = reduce_max(lanes[r]);
+    const float block_max = reduce_max(s.lanes[r]);
     const float new_max = first || block_max > maximum ? block_max : maximum;
     // All keys masked with -inf so far: subtract 0, so that later blocks still count.
-    shift[r] = new_max == -kInfinity ? 0.0f : new_max;
+    const float shift = new_max == -kInfinity ? 0.0f : new_max;
     if (!first) {
-      const float shrink = exp(broadcast(maximum - shift[r]))[0];
+      const float shrink = exp(broadcast(maximum - shift))[0];
       s.sum[r0 + r] *= shrink;
       scale_row(s.out + (r0 + r) * s.value_ld, shrink, s.value_ld);
     }
     maximum = new_max;
+    s.lanes[r] = exponentiate_row(s.logits + r * s.key_ld, round_up(keys, kLanes), shift);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    lanes[r] = exponentiate_row(s.logits + r * s.key_ld, round_up(keys, kLanes), shift[r]);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    s.sum[r0 + r] = (first ? 0.0f : s.sum[r0 + r]) + reduce_add(lanes[r]);
+    s.sum[r0 + r] = (first ? 0.0f : s.sum[r0 + r]) + reduce_add(s.lanes[r]);
   }
 }
 
-// One tile of `rows` queries (from entry r0 of the task's list) against the packed key block.
+// `rows` queries (from entry r0 of the task's list) against the packed key block.
 template <class Engine>
-void forward_tile(const WindowAttentionParams& p, ForwardScratch& s, int64_t head, int64_t r0,
-                  int64_t rows, int64_t first_key, int64_t keys) {
+void forward_block(const WindowAttentionParams& p, ForwardScratch& s, int64_t head, int64_t r0,
+                   int64_t rows, int64_t first_key, int64_t keys) {
   using T = typename Engine::Element;
   using Dot = typename Engine::Dot;
   for (int64_t r = 0; r < rows; ++r) {
@@ -289,12 +293,26 @@ void forward_tile(const WindowAttentionParams& p, ForwardScratch& s, int64_t hea
   multiply<Dot>(rows, round_up(keys, kLanes) / kLanes,
                 {Engine::query_inner(p.head_dim), s.queries, s.row_ld, 1, s.keys_t, s.key_ld,
                  s.logits, s.key_ld, false});
-  softmax_tile(p, s, head, r0, rows, first_key, keys);
+  softmax_block(p, s, head, r0, rows, first_key, keys);
   const float* weights = Engine::weights(s, rows, keys);
   const int64_t weight_ld = weights == s.logits ? s.key_ld : s.weight_ld;
   multiply<Dot>(rows, s.value_ld / kLanes,
                 {Engine::key_inner(keys), weights, weight_ld, 1, s.values, s.value_ld,
                  s.out + r0 * s.value_ld, s.value_ld, first_key != 0});
+}
+
+// Normalises the output rows of the task's queries and writes them and their log-sum-exp.
+template <class T>
+void write_results(const WindowAttentionParams& p, const ForwardScratch& s, int64_t head,
+                   int64_t rows, float* lse) {
+  for (int64_t r = 0; r < rows; ++r) {
+    store_row(s.out + r * s.value_ld, p.head_dim, 1.0f / s.sum[r],
+              token_at<T>(p, s.tokens, p.out, head, s.query[r]));
+  }
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    store(s.maximum + r, load(s.maximum + r) + log(load(s.sum + r)));
+  }
+  for (int64_t r = 0; r < rows; ++r) lse[s.query[r]] = s.maximum[r];
 }
 
 template <class Engine>
@@ -329,18 +347,11 @@ void forward_tasks(const WindowAttentionParams& p, const WindowAttentionPlan& pl
         Engine::pack_values(p, s, head, key, keys);
         packed_key = key;
       }
-      const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-      for (int64_t t = 0, r = 0; t < tiles; ++t) {
-        const int64_t n = (rows - r + tiles - t - 1) / (tiles - t);
-        forward_tile<Engine>(p, s, head, r, n, key, keys);
-        r += n;
+      for (int64_t r = 0; r < rows; r += s.block_rows) {
+        forward_block<Engine>(p, s, head, r, smaller(s.block_rows, rows - r), key, keys);
       }
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      store_row(s.out + r * s.value_ld, p.head_dim, 1.0f / s.sum[r],
-                token_at<T>(p, s.tokens, p.out, head, s.query[r]));
-      lse[s.query[r]] = s.maximum[r] + std::log(s.sum[r]);
-    }
+    write_results<T>(p, s, head, rows, lse);
   }
 }
 

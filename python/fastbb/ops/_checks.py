@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One message form for bad arguments: `op: argument rule, got value`."""
+"""What the public functions of all operators share: checks, choice of the implementation.
+
+Messages have one form: `op: argument rule, got value`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastbb import config
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,3 +59,30 @@ def pair(op: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         fail(op, name, "must be an int or two ints", repr(value), TypeError)
     return value, value  # type: ignore[return-value]
+
+
+def use_kernel(op: str, impl: str, reasons: list[str]) -> bool:
+    """Whether a call runs the fused kernel; `reasons` say why it could not (`can_run`).
+
+    Raises NotImplementedError when the kernel was asked for and cannot run.
+    """
+    if impl not in ("auto", "fused", "reference"):
+        fail(op, "impl", 'must be "auto", "fused" or "reference"', repr(impl))
+    if impl == "fused" and reasons:
+        raise NotImplementedError(f"{op}: no fused kernel for this call: {'; '.join(reasons)}")
+    return impl == "fused" or (impl == "auto" and config.fused_enabled() and not reasons)
+
+
+def kernel_reasons(x: Tensor) -> list[str]:
+    """Reasons against a kernel that every operator shares: device and dtype."""
+    reasons = []
+    if x.device.type != "cpu":
+        reasons.append(f"device {x.device.type} has no kernel in this build")
+    if x.dtype not in FLOAT_DTYPES:
+        reasons.append(f"dtype {x.dtype} is not one of {[str(t) for t in FLOAT_DTYPES]}")
+    return reasons
+
+
+def last_dim_contiguous(x: Tensor) -> Tensor:
+    """x, copied only if its last dimension is strided."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

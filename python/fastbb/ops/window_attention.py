@@ -9,8 +9,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastbb import config, reference
-from fastbb.ops._checks import FLOAT_DTYPES, check_same, check_shape, check_tensor, fail, pair
+from fastbb import reference
+from fastbb.ops._checks import (
+    FLOAT_DTYPES,
+    check_same,
+    check_shape,
+    check_tensor,
+    fail,
+    kernel_reasons,
+    last_dim_contiguous,
+    pair,
+    use_kernel,
+)
 
 OP = "window_attention"
 PAD_MODES = ("none", "pad_then_roll", "roll_then_pad")
@@ -101,32 +111,26 @@ def window_attention(
     _check(
         q, k, v, size, offset, pad_mode, k_pad, v_pad, bias_table, bias, dense_mask, swin, scale
     )
-    if impl not in ("auto", "fused", "reference"):
-        fail(OP, "impl", 'must be "auto", "fused" or "reference"', repr(impl))
-    if impl == "fused" or (impl == "auto" and config.fused_enabled()):
-        reasons = can_run(q, k, v)
-        if not reasons:
-            scale_tensor = scale.flatten() if isinstance(scale, Tensor) else None
-            factor = scale if isinstance(scale, (int, float)) else k.shape[-1] ** -0.5
-            return torch.ops.fastbb.window_attention.default(
-                _last_dim_contiguous(q),
-                _last_dim_contiguous(k),
-                _last_dim_contiguous(v),
-                bias_table,
-                bias,
-                dense_mask,
-                scale_tensor,
-                None if k_pad is None else k_pad.flatten(),
-                None if v_pad is None else v_pad.flatten(),
-                [] if size is None else list(size),
-                list(offset),
-                pad_mode,
-                float(mask_value) if swin else None,
-                float(factor),
-                qk_l2norm,
-            )[0]
-        if impl == "fused":
-            raise NotImplementedError(f"{OP}: no fused kernel for this call: {'; '.join(reasons)}")
+    if use_kernel(OP, impl, can_run(q, k, v)):
+        scale_tensor = scale.flatten() if isinstance(scale, Tensor) else None
+        factor = scale if isinstance(scale, (int, float)) else k.shape[-1] ** -0.5
+        return torch.ops.fastbb.window_attention.default(
+            last_dim_contiguous(q),
+            last_dim_contiguous(k),
+            last_dim_contiguous(v),
+            bias_table,
+            bias,
+            dense_mask,
+            scale_tensor,
+            None if k_pad is None else k_pad.flatten(),
+            None if v_pad is None else v_pad.flatten(),
+            [] if size is None else list(size),
+            list(offset),
+            pad_mode,
+            float(mask_value) if swin else None,
+            float(factor),
+            qk_l2norm,
+        )[0]
     return reference.window_attention(
         q,
         k,
@@ -147,11 +151,7 @@ def window_attention(
 
 def can_run(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     """Reasons why the fused kernel cannot serve these (valid) tensors; empty when it can."""
-    reasons = []
-    if q.device.type != "cpu":
-        reasons.append(f"device {q.device.type} has no kernel in this build")
-    if q.dtype not in FLOAT_DTYPES:
-        reasons.append(f"dtype {q.dtype} is not one of {[str(t) for t in FLOAT_DTYPES]}")
+    reasons = kernel_reasons(q)
     if k.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head dim {k.shape[-1]} is above {MAX_HEAD_DIM}")
     return reasons
@@ -166,10 +166,6 @@ def _apply_autocast(*tensors: Any) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype in FLOAT_DTYPES else x for x in tensors)
-
-
-def _last_dim_contiguous(x: Tensor) -> Tensor:
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def _check(
@@ -364,7 +360,7 @@ def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | N
         x is not None and ctx.needs_input_grad[i] for x, i in zip(sides, positions, strict=True)
     ]
     grads = torch.ops.fastbb.window_attention_backward.default(
-        _last_dim_contiguous(grad_out),
+        last_dim_contiguous(grad_out),
         *(q, k, v, lse, table, bias, mask, scale, k_pad, v_pad),
         *ctx.settings,
         need_side,
