@@ -7,9 +7,12 @@
 //    and masks, softmax, P V. Each step finishes the block before the next begins, so that the
 //    latencies of a row (horizontal maximum, exponential, horizontal sum) overlap with other rows'.
 // 3. Problems with more than 2048 keys run over blocks of 512 keys with a running maximum and sum.
+// 4. A window of 49 keys fills three vectors of 16 lanes and one lane of a fourth. Such a lone last key
+//    is kept out of the vectors along the keys: its logits and weights are computed along the
+//    queries, which saves a quarter of Q K^T and of the exponentials.
 //
 // Bound: arithmetic. Per query 4 N d flops of FMA against about 14 vector instructions per kLanes
-// logits for the exponential, and N/kLanes rounded up (49 -> 64 with 16 lanes) in Q K^T.
+// logits for the exponential.
 #pragma once
 
 #include <cmath>
@@ -36,6 +39,9 @@ struct ForwardScratch {
   float* weights;   // the weights as operand of P V (the same rows in float32)
   float* bias;      // [block_rows, bias_ld]
   VecF* lanes;      // [block_rows] maxima, then sums, by lane
+  float* lone_key;  // [row_ld] the lone key
+  float* lone;      // [block_rows] its logits, then weights
+  float* shift;     // [block_rows] what is subtracted from the logits of a row
   float* out;       // [q_block_rows, value_ld]
   int64_t* query;   // [q_block_rows] the real queries of the task
   float* maximum;   // [q_block_rows]
@@ -188,6 +194,9 @@ int64_t carve_forward(const WindowAttentionParams& p, const WindowAttentionPlan&
   s.weights = carver.take<float>(s.block_rows * s.weight_ld);
   s.bias = carver.take<float>(s.block_rows * s.bias_ld);
   s.lanes = carver.take<VecF>(s.block_rows);
+  s.lone_key = carver.take<float>(s.row_ld);
+  s.lone = carver.take<float>(round_up(s.block_rows, kLanes));
+  s.shift = carver.take<float>(round_up(s.block_rows, kLanes));
   s.out = carver.take<float>(plan.q_block_rows * s.value_ld);
   s.query = carver.take<int64_t>(plan.q_block_rows);
   s.maximum = carver.take<float>(round_up(plan.q_block_rows, kLanes));
@@ -247,19 +256,48 @@ FASTBB_INLINE VecF exponentiate_row(float* s, int64_t key_ld, float shift) {
   return total;
 }
 
+// Keys of a block that are handled in vectors along the keys: all but a lone last one.
+constexpr int64_t keys_in_vectors(int64_t keys) {
+  return keys > kLanes && keys % kLanes == 1 ? keys - 1 : keys;
+}
+
+// Raw products of the lone key with the packed queries.
+template <class Dot>
+void multiply_lone_key(const ForwardScratch& s, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    VecF sum{};
+    for (int64_t c = 0; c < s.row_ld; c += kLanes) {
+      sum = Dot::apply(sum, load(s.queries + r * s.row_ld + c), load(s.lone_key + c));
+    }
+    s.lone[r] = reduce_add(sum);
+  }
+}
+
+FASTBB_INLINE float lone_logit(float raw, const LogitTerms& t, int64_t j) {
+  float x = raw * t.scale;
+  if (t.bias != nullptr) x += t.bias[j];
+  if (t.mask != nullptr) x += t.mask[j];
+  if (t.region != nullptr && t.region[j] != t.query_region) x += t.region_value;
+  return x;
+}
+
 // Raw products of a block -> softmax weights relative to each row's running maximum, in place.
 inline void softmax_block(const WindowAttentionParams& p, const ForwardScratch& s, int64_t head,
                           int64_t r0, int64_t rows, int64_t first_key, int64_t keys) {
   const bool first = first_key == 0;
+  const int64_t in_vectors = keys_in_vectors(keys);
+  const bool has_lone = in_vectors < keys;
   for (int64_t r = 0; r < rows; ++r) {
     const float* expanded = expands_rows(p) ? s.bias + r * s.bias_ld : nullptr;
     const auto terms = logit_terms(p, s.tokens, head, s.query[r0 + r], first_key, expanded);
-    s.lanes[r] = logits_row(s.logits + r * s.key_ld, keys, terms);
+    s.lanes[r] = logits_row(s.logits + r * s.key_ld, in_vectors, terms);
+    s.lone[r] = has_lone ? lone_logit(s.lone[r], terms, in_vectors) : -kInfinity;
   }
   for (int64_t r = 0; r < rows; ++r) {
     float& maximum = s.maximum[r0 + r];
-    const float block_max = reduce_max(s.lanes[r]);
-    const float new_max = first || block_max > maximum ? block_max : maximum;
+    float new_max = reduce_max(s.lanes[r]);
+    new_max = s.lone[r] > new_max ? s.lone[r] : new_max;
+    new_max = first || new_max > maximum ? new_max : maximum;
     // All keys masked with -inf so far: subtract 0, so that later blocks still count.
     const float shift = new_max == -kInfinity ? 0.0f : new_max;
     if (!first) {
@@ -268,10 +306,19 @@ inline void softmax_block(const WindowAttentionParams& p, const ForwardScratch& 
       scale_row(s.out + (r0 + r) * s.value_ld, shrink, s.value_ld);
     }
     maximum = new_max;
-    s.lanes[r] = exponentiate_row(s.logits + r * s.key_ld, round_up(keys, kLanes), shift);
+    s.shift[r] = shift;
+    s.lanes[r] = exponentiate_row(s.logits + r * s.key_ld, round_up(in_vectors, kLanes), shift);
+  }
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    store(s.lone + r, exp(load(s.lone + r) - load(s.shift + r)));
   }
   for (int64_t r = 0; r < rows; ++r) {
-    s.sum[r0 + r] = (first ? 0.0f : s.sum[r0 + r]) + reduce_add(s.lanes[r]);
+    s.sum[r0 + r] = (first ? 0.0f : s.sum[r0 + r]) + reduce_add(s.lanes[r]) + s.lone[r];
+    if (has_lone) {
+      VecF last{};
+      last[0] = s.lone[r];
+      store(s.logits + r * s.key_ld + in_vectors, last);
+    }
   }
 }
 
@@ -290,9 +337,11 @@ void forward_block(const WindowAttentionParams& p, ForwardScratch& s, int64_t he
       expand_bias_row(p, head, query, first_key, keys, s.bias + r * s.bias_ld);
     }
   }
-  multiply<Dot>(rows, round_up(keys, kLanes) / kLanes,
+  const int64_t in_vectors = keys_in_vectors(keys);
+  multiply<Dot>(rows, round_up(in_vectors, kLanes) / kLanes,
                 {Engine::query_inner(p.head_dim), s.queries, s.row_ld, 1, s.keys_t, s.key_ld,
                  s.logits, s.key_ld, false});
+  if (in_vectors < keys) multiply_lone_key<Dot>(s, rows);
   softmax_block(p, s, head, r0, rows, first_key, keys);
   const float* weights = Engine::weights(s, rows, keys);
   const int64_t weight_ld = weights == s.logits ? s.key_ld : s.weight_ld;
@@ -344,6 +393,7 @@ void forward_tasks(const WindowAttentionParams& p, const WindowAttentionPlan& pl
       const int64_t keys = smaller(plan.key_block, p.nk - key);
       if (packed_key != key) {
         Engine::pack_keys(p, s, head, key, keys);
+        std::memcpy(s.lone_key, s.rows + (keys - 1) * s.row_ld, sizeof(float) * s.row_ld);
         Engine::pack_values(p, s, head, key, keys);
         packed_key = key;
       }
