@@ -12,6 +12,7 @@ namespace {
 constexpr const char* kOp = "window_attention";
 constexpr int64_t kMaxHeadDim = 128;
 constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxWindowTokens = 65536;
 constexpr int kSides = 5;  // bias_table, bias, scale, k_pad, v_pad: optional gradients
 
 // The arguments that forward and backward share, in schema order.
@@ -117,8 +118,8 @@ void describe_windows(const Inputs& in, WindowAttentionParams& p) {
   const int64_t h = k_shape[1], w = k_shape[2];
   check(in.window.size() == 2, kOp, "window", "must be two ints", in.window);
   const int64_t wh = in.window[0], ww = in.window[1];
-  check(wh >= 1 && ww >= 1 && wh <= kMaxTokens && ww <= kMaxTokens && wh <= kMaxTokens / ww, kOp,
-        "window", "must have 1 to 2^31-1 tokens", in.window);
+  check(wh >= 1 && ww >= 1 && wh <= kMaxWindowTokens / ww, kOp, "window",
+        "must have 1 to 65536 tokens", in.window);
   check(in.shift.size() == 2, kOp, "shift", "must be two ints", in.shift);
   check(in.shift[0] >= 0 && in.shift[0] < wh && in.shift[1] >= 0 && in.shift[1] < ww, kOp, "shift",
         "must satisfy 0 <= shift < window", in.shift);

@@ -27,6 +27,8 @@ PAD_MODES = ("none", "pad_then_roll", "roll_then_pad")
 MAX_HEAD_DIM = 128
 # Token indices inside a window, a map or a key sequence are 32-bit in the kernels.
 MAX_TOKENS = 2**31 - 1
+# A 256 x 256 window; a larger one is a mistake whose logits no machine could compute.
+MAX_WINDOW_TOKENS = 2**16
 _SIDE_DTYPES = (*FLOAT_DTYPES, torch.float64)
 
 
@@ -286,9 +288,10 @@ def _check_windows(
         fail(OP, "shift", f"must satisfy 0 <= shift < window {window}", shift)
     B, H, W, h, d = k.shape
     n = window[0] * window[1]
-    # Two ends of one row of a padded map, and a window, must be addressable by 32-bit indices.
-    if (H + window[0]) * (W + window[1]) > MAX_TOKENS or n > MAX_TOKENS:
-        fail(OP, "window and map", f"must have at most {MAX_TOKENS} tokens", (window, (H, W)))
+    if n > MAX_WINDOW_TOKENS:
+        fail(OP, "window", f"must have at most {MAX_WINDOW_TOKENS} tokens", window)
+    if (H + window[0]) * (W + window[1]) > MAX_TOKENS:
+        fail(OP, "k", f"must have a padded map of at most {MAX_TOKENS} tokens", list(k.shape))
     if H < 1 or W < 1:
         fail(OP, "k", "must have a map of at least 1 x 1", list(k.shape))
     check_shape(OP, "v", v, k.shape, "[B, H, W, h, d]")
