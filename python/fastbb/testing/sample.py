@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One set of arguments of an operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments for the raw operator and, where it has one, for its public function.
+
+    Attributes:
+        name: names the case, unique per operator.
+        args: positional arguments of the raw operator, in schema order.
+        kwargs: keyword arguments of the public function that mean the same (tensors are the same
+            objects where the raw operator takes them as they are).
+        difficulty: how much the case amplifies rounding errors of float32 arithmetic, as large
+            logits and cancelling sums do; see `Tolerance`.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    difficulty: float = 1.0
