@@ -25,9 +25,13 @@ DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
 
+PADS = ("k_pad", "v_pad")
+
 
 def in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: x.double() if isinstance(x, Tensor) else x for key, x in kwargs.items()}
+    """The same arguments in float64; pads keep the rounding to k's dtype that they are defined by."""
+    rounded = {key: x.to(kwargs["k"].dtype) if key in PADS else x for key, x in kwargs.items()}
+    return {key: x.double() if isinstance(x, Tensor) else x for key, x in rounded.items()}
 
 
 @functools.cache

@@ -64,8 +64,13 @@ def expected(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Float64 gradients, shared by the ISA levels."""
     kwargs = build(name, dtype=dtype, requires_grad=True).kwargs
     grad_out = random_grad(kwargs)
+    k_dtype = kwargs["k"].dtype
     doubles = {
-        key: x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+        key: (x.detach().to(k_dtype) if key in ("k_pad", "v_pad") else x.detach())
+        .double()
+        .requires_grad_(x.requires_grad)
+        if isinstance(x, Tensor)
+        else x
         for key, x in kwargs.items()
     }
     with threads(1):

@@ -40,6 +40,13 @@ inline Dtype kernel_dtype(const char* op, const char* argument, const Tensor& x)
   }
 }
 
+inline void check_floating(const char* op, const char* argument, const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+            type == ScalarType::Double,
+        op, argument, "must have a floating-point dtype", "another dtype");
+}
+
 // float32 and contiguous; copies only when it has to.
 inline Tensor as_float32(const Tensor& x) {
   const Tensor converted =

@@ -18,12 +18,8 @@ if _ops is None or _ops.origin is None:
     raise ImportError("fastbb: the operator library fastbb._ops was not built; reinstall fastbb")
 torch.ops.load_library(_ops.origin)
 
-from fastbb import ops, reference  # noqa: E402
-try:  # TEMPORARY while the packages are being written
-    from fastbb import models, nn  # noqa: E402
-    from fastbb.accelerate import accelerate_, restore_  # noqa: E402
-except ImportError as e:
-    print("fastbb: temporary:", e)
+from fastbb import models, nn, ops, reference  # noqa: E402
+from fastbb.accelerate import accelerate_, restore_  # noqa: E402
 from fastbb.config import cap_isa, fused_enabled, isa, isa_levels, use_fused  # noqa: E402
 
 __version__: str = _C.build_info()["version"]

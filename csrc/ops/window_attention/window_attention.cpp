@@ -74,12 +74,25 @@ TokenMap token_map(const Tensor& x) {
   return map;
 }
 
+void check_side(const char* name, const Tensor& x, const std::vector<int64_t>& shape) {
+  check_cpu(name, x);
+  check_floating(kOp, name, x);
+  check_shape(name, x, shape);
+}
+
 const float* side(Call& call, const char* name, const OptionalTensor& x,
                   const std::vector<int64_t>& shape) {
   if (!x) return nullptr;
-  check_cpu(name, *x);
-  check_shape(name, *x, shape);
+  check_side(name, *x, shape);
   return call.hold(as_float32(*x));
+}
+
+// Key or value of a padded token: rounded as a computed one would be.
+const float* pad(Call& call, const char* name, const OptionalTensor& x, const Tensor& like,
+                 int64_t channels) {
+  if (!x) return nullptr;
+  check_side(name, *x, {channels});
+  return call.hold(as_float32(torch::stable::to(*x, like.scalar_type())));
 }
 
 // [(2wh-1)(2ww-1), h] -> [h, rows] with rows reversed: see expand_bias_row.
@@ -87,8 +100,7 @@ const float* flipped_table(Call& call, const OptionalTensor& table) {
   if (!table) return nullptr;
   const WindowAttentionParams& p = call.params;
   const int64_t rows = int64_t{2 * p.window_h - 1} * (2 * p.window_w - 1);
-  check_cpu("bias_table", *table);
-  check_shape("bias_table", *table, {rows, p.heads});
+  check_side("bias_table", *table, {rows, p.heads});
   const Tensor source = as_float32(*table);
   const Tensor flipped = new_float32(source, {p.heads, rows});
   const float* from = floats(source);
@@ -109,6 +121,8 @@ void describe_full(const Inputs& in, WindowAttentionParams& p) {
   check(p.nq <= kMaxTokens && p.nk <= kMaxTokens, kOp, "q and k", "must have fewer tokens", p.nq);
   check(in.window.empty() && !in.bias_table && !in.k_pad && !in.v_pad && !in.swin_mask_value, kOp,
         "window, bias_table, k_pad, v_pad and swin_mask_value", "need 5-D k and v", k_shape);
+  for (const int64_t s : in.shift) check(s == 0, kOp, "shift", "must be 0", in.shift);
+  pad_mode_of(in.pad_mode);
   check_main("q", in.q, in.k, {p.batch, p.nq, p.heads, p.head_dim});
   p.windows_y = p.windows_x = 1;
 }
@@ -182,8 +196,8 @@ Call describe(const Inputs& in) {
     check(p.mask_count >= 1, kOp, "mask", "must be [nM, Nq, Nk]", shape_of(*in.mask));
     p.mask = side(call, "mask", in.mask, {p.mask_count, p.nq, p.nk});
   }
-  p.k_pad = side(call, "k_pad", in.k_pad, {heads * head_dim});
-  p.v_pad = side(call, "v_pad", in.v_pad, {heads * head_dim});
+  p.k_pad = pad(call, "k_pad", in.k_pad, in.k, heads * head_dim);
+  p.v_pad = pad(call, "v_pad", in.v_pad, in.k, heads * head_dim);
   p.scale_per_head = side(call, "scale_per_head", in.scale_per_head, {heads});
   p.scale = static_cast<float>(in.scale);
   p.swin_mask = in.swin_mask_value.has_value();
@@ -290,8 +304,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
 
   const auto plan = window_attention_plan(p, g.dbias != nullptr);
   expand_bias(call, plan, k);
+  int64_t sums = 0;  // floats that the reduction reads
   const auto partial = [&](bool need, int64_t count) -> float* {
-    return need && count > 0 ? const_cast<float*>(call.hold(new_float32(k, {count}))) : nullptr;
+    if (!need || count == 0) return nullptr;
+    sums += count;
+    return const_cast<float*>(call.hold(new_float32(k, {count})));
   };
   const int64_t groups = plan.backward_tasks;
   const int64_t rows = int64_t{2 * p.window_h - 1} * (2 * p.window_w - 1);
@@ -306,9 +323,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     torch::stable::parallel_for(
         0, groups, grain_of(10 * plan.q_split_rows * p.nk * p.head_dim * plan.windows_per_chunk),
         [&](int64_t begin, int64_t end) { kernels.backward(p, plan, begin, end); });
-    torch::stable::parallel_for(
-        0, p.batch * p.heads, 1,
-        [&](int64_t begin, int64_t end) { kernels.reduce(p, plan, begin, end); });
+    if (sums > 0) {
+      torch::stable::parallel_for(
+          0, p.batch * p.heads, grain_of(sums / (p.batch * p.heads)),
+          [&](int64_t begin, int64_t end) { kernels.reduce(p, plan, begin, end); });
+    }
   }
   return {dq, dk, dv, dtable, dbias, dscale, dk_pad, dv_pad};
 }

@@ -52,13 +52,33 @@ def check_same(op: str, name: str, x: Tensor, other_name: str, other: Tensor) ->
 
 def pair(op: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """An int or two ints -> (height, width)."""
-    if isinstance(value, (list, tuple)):
-        if len(value) != 2:
-            fail(op, name, "must be an int or two ints", value)
-        return value[0], value[1]
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        fail(op, name, "must be an int or two ints", repr(value), TypeError)
-    return value, value  # type: ignore[return-value]
+    both = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+    if len(both) != 2:
+        fail(op, name, "must be an int or two ints", value)
+    for x in both:
+        if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+            fail(op, name, "must be an int or two ints", repr(value), TypeError)
+    return both[0], both[1]
+
+
+def check_float(op: str, name: str, value: Any) -> None:
+    """A Python number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        fail(op, name, "must be a float", type(value).__name__, TypeError)
+
+
+def check_bool(op: str, name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        fail(op, name, "must be a bool", type(value).__name__, TypeError)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """dtype that autocast gives to matrix products on x's device; None when it is off."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def use_kernel(op: str, impl: str, reasons: list[str]) -> bool:

@@ -12,6 +12,9 @@ from torch import Tensor
 from fastbb import reference
 from fastbb.ops._checks import (
     FLOAT_DTYPES,
+    autocast_dtype,
+    check_bool,
+    check_float,
     check_same,
     check_shape,
     check_tensor,
@@ -74,8 +77,8 @@ def window_attention(
         pad_mode: how a map that the window does not divide is completed on the right and bottom:
             `"none"` refuses such maps; `"pad_then_roll"` is the order of torchvision, mmdetection
             and Hugging Face; `"roll_then_pad"` that of timm.
-        k_pad, v_pad: `[h*d]` or `[h, d]` key and value of a padded token (default zeros). Padded
-            tokens are attended to, as in the libraries above.
+        k_pad, v_pad: `[h*d]` or `[h, d]` key and value of a padded token (default zeros), rounded
+            to k's dtype. Padded tokens are attended to, as in the libraries above.
         bias_table: `[(2wh-1)*(2ww-1), h]` relative position bias, row
             (ih-jh+wh-1)*(2ww-1) + (iw-jw+ww-1) for query i and key j (Swin, GC ViT).
         bias: `[h, Nq, Nk]` dense bias, instead of `bias_table`.
@@ -90,7 +93,7 @@ def window_attention(
             takes the kernel when `can_run` finds no reason against it.
 
     dtypes: q, k, v float32, bfloat16 or float16 (one of them, or autocast's; the reference also
-    float64); bias, mask, scale and pads any float dtype, used in float32. Logits, softmax and
+    float64); bias, mask and scale any float dtype, used in float32. Logits, softmax and
     sums are float32; float16 and bfloat16 round the result once. CPU kernels of levels with
     BF16 dot products also round the softmax weights to bfloat16 when q, k, v are bfloat16.
 
@@ -110,6 +113,8 @@ def window_attention(
     size = None if window is None else pair(OP, "window", window)
     offset = pair(OP, "shift", shift)
     dense_mask = None if swin else mask
+    check_float(OP, "mask_value", mask_value)
+    check_bool(OP, "qk_l2norm", qk_l2norm)
     _check(
         q, k, v, size, offset, pad_mode, k_pad, v_pad, bias_table, bias, dense_mask, swin, scale
     )
@@ -163,10 +168,9 @@ def _apply_autocast(*tensors: Any) -> tuple[Any, ...]:
     """Casts to the autocast dtype, as a matmul would; side inputs keep theirs."""
     if not all(isinstance(x, Tensor) for x in tensors):
         return tensors
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype in FLOAT_DTYPES else x for x in tensors)
 
 
@@ -304,10 +308,18 @@ def _check_windows(
     return n
 
 
+def _check_devices(*tensors: Any) -> None:
+    """The fake kernels' share of the raw operators' checks: a meta tensor must not stand alone."""
+    devices = {str(x.device) for x in tensors if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        fail(OP, "tensors", "must be on one device", sorted(devices), RuntimeError)
+
+
 @torch.library.register_fake("fastbb::window_attention")
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(q, k, v, *args)
     window = args[6]
     h = k.shape[-2]
     if k.dim() == 4:
@@ -336,6 +348,7 @@ def _fake_backward(
     v_pad: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
+    _check_devices(grad_out, q, k, v, lse, bias_table, bias, mask, scale_per_head, k_pad, v_pad)
     need_side: list[bool] = rest[-1]
     sides = (bias_table, bias, scale_per_head, k_pad, v_pad)
     return (
@@ -383,3 +396,13 @@ def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | N
 torch.library.register_autograd(
     "fastbb::window_attention", _backward, setup_context=_setup_context
 )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "window_attention_backward: second derivatives have no kernel; "
+        'use impl="reference" where they are needed'
+    )
+
+
+torch.library.register_autograd("fastbb::window_attention_backward", _no_second_derivative)

@@ -8,6 +8,8 @@ every step materialises what the kernel folds into addressing.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +58,8 @@ def swin_mask(
         axes.append((p >= size - w).long() + (p >= size - s).long())
     region = axes[0][:, None] * 3 + axes[1][None, :]
     tokens = window_partition(region[None, :, :, None, None], window)[0, :, 0, :, 0]
-    return (tokens[:, :, None] != tokens[:, None, :]).to(torch.float32) * value
+    apart = tokens[:, :, None] != tokens[:, None, :]
+    return torch.zeros(apart.shape).masked_fill(apart, value)
 
 
 def _to_windows(
@@ -119,8 +122,46 @@ def window_attention(
 ) -> Tensor:
     """Reference of `fastbb.ops.window_attention`; see there for shapes and meaning.
 
-    Computes in the widest dtype of its inputs (at least float32) and returns q's dtype.
+    Computes in the widest dtype of its inputs (at least float32), under autocast too, and returns
+    q's dtype.
     """
+    device = q.device.type
+    autocast = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        return _window_attention(
+            q,
+            k,
+            v,
+            window,
+            shift,
+            pad_mode,
+            k_pad,
+            v_pad,
+            bias_table,
+            bias,
+            mask,
+            swin_mask_value,
+            scale,
+            qk_l2norm,
+        )
+
+
+def _window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: tuple[int, int] | None,
+    shift: tuple[int, int],
+    pad_mode: str,
+    k_pad: Tensor | None,
+    v_pad: Tensor | None,
+    bias_table: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    swin_mask_value: float | None,
+    scale: float | Tensor | None,
+    qk_l2norm: bool,
+) -> Tensor:
     dtype = torch.promote_types(q.dtype, torch.float32)
     h, d = k.shape[-2:]
     full = k.dim() == 4
