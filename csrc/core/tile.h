@@ -30,8 +30,8 @@ struct DotF32 {
 // Each 32-bit lane holds two bfloat16: acc + a0*b0 + a1*b1.
 struct DotBf16Pairs {
   static FASTBB_INLINE VecF apply(VecF acc, VecF a, VecF b) {
-    return bit_cast<VecF>(_mm512_dpbf16_ps(bit_cast<__m512>(acc), bit_cast<__m512bh>(a),
-                                           bit_cast<__m512bh>(b)));
+    return bit_cast<VecF>(
+        _mm512_dpbf16_ps(bit_cast<__m512>(acc), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
   }
 };
 #endif

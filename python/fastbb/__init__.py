@@ -22,7 +22,7 @@ from fastbb import models, nn, ops, reference  # noqa: E402
 from fastbb.accelerate import accelerate_, restore_  # noqa: E402
 from fastbb.config import cap_isa, fused_enabled, isa, isa_levels, use_fused  # noqa: E402
 
-__version__: str = _C.build_info()["version"]
+__version__ = str(_C.build_info()["version"])
 
 
 def build_info() -> dict[str, object]:

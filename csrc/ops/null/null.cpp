@@ -18,15 +18,14 @@ Tensor forward(const Tensor& x) {
   const Dtype dtype = kernel_dtype(kOp, "x", x);
 
   const Tensor out = torch::stable::new_empty(x, shape_of(x));
-  const NullParams p{dtype,       x.const_data_ptr(), x.stride(0),
-                     out.mutable_data_ptr(), x.size(0), x.size(1)};
+  const NullParams p{dtype,     x.const_data_ptr(), x.stride(0), out.mutable_data_ptr(),
+                     x.size(0), x.size(1)};
   const NullPlan plan = null_plan(p);
   if (plan.tasks == 0) return out;
 
   const NullKernels& kernels = null_kernels();
-  torch::stable::parallel_for(0, plan.tasks, plan.tasks_per_call, [&](int64_t begin, int64_t end) {
-    kernels.forward(p, begin, end);
-  });
+  torch::stable::parallel_for(0, plan.tasks, plan.tasks_per_call,
+                              [&](int64_t begin, int64_t end) { kernels.forward(p, begin, end); });
   return out;
 }
 

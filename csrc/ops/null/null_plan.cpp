@@ -21,7 +21,9 @@ const NullKernels& null_kernels() {
   static const NullKernels* const tables[kIsaCount] = {
       &null_baseline,
 #if defined(__x86_64__)
-      &null_avx2, &null_avx512, &null_avx512_bf16,
+      &null_avx2,
+      &null_avx512,
+      &null_avx512_bf16,
 #endif
   };
   return select(tables);

@@ -238,8 +238,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const std::vector<int64_t>& shift, const std::string& pad_mode,
                                    const std::optional<double>& swin_mask_value, double scale,
                                    bool qk_l2norm) {
-  const Inputs in{q,     k,      v,     bias_table, bias,     mask,           scale_per_head, k_pad,
-                  v_pad, window, shift, pad_mode,   swin_mask_value, scale, qk_l2norm};
+  const Inputs in{
+      q,      k,     v,        bias_table,      bias,  mask,     scale_per_head, k_pad, v_pad,
+      window, shift, pad_mode, swin_mask_value, scale, qk_l2norm};
   Call call = describe(in);
   WindowAttentionParams& p = call.params;
   const Tensor out = torch::stable::new_empty(k, out_shape(in, p));
@@ -266,14 +267,14 @@ Tensor side_gradient(const Tensor& like, const OptionalTensor& x, bool need, flo
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
-    const OptionalTensor& bias_table, const OptionalTensor& bias,
-    const OptionalTensor& mask, const OptionalTensor& scale_per_head, const OptionalTensor& k_pad,
-    const OptionalTensor& v_pad, const std::vector<int64_t>& window,
-    const std::vector<int64_t>& shift, const std::string& pad_mode,
-    const std::optional<double>& swin_mask_value, double scale, bool qk_l2norm,
-    const std::vector<bool>& need_side) {
-  const Inputs in{q,     k,      v,     bias_table, bias,     mask,           scale_per_head, k_pad,
-                  v_pad, window, shift, pad_mode,   swin_mask_value, scale, qk_l2norm};
+    const OptionalTensor& bias_table, const OptionalTensor& bias, const OptionalTensor& mask,
+    const OptionalTensor& scale_per_head, const OptionalTensor& k_pad, const OptionalTensor& v_pad,
+    const std::vector<int64_t>& window, const std::vector<int64_t>& shift,
+    const std::string& pad_mode, const std::optional<double>& swin_mask_value, double scale,
+    bool qk_l2norm, const std::vector<bool>& need_side) {
+  const Inputs in{
+      q,      k,     v,        bias_table,      bias,  mask,     scale_per_head, k_pad, v_pad,
+      window, shift, pad_mode, swin_mask_value, scale, qk_l2norm};
   Call call = describe(in);
   WindowAttentionParams& p = call.params;
   WindowAttentionGradients& g = p.grad;

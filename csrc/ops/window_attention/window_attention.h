@@ -53,14 +53,14 @@ struct WindowAttentionParams {
   PadMode pad_mode;
 
   TokenMap q, k, v, out;
-  float* lse;           // [B, nW, h, Nq]
-  const float* k_pad;   // [h, d] or null (zeros)
-  const float* v_pad;   // [h, d] or null (zeros)
-  const float* table;   // [h, (2wh-1), (2ww-1)], both axes flipped, or null
-  const float* bias;    // [h, Nq, bias_ld >= Nk] or null; replaces the table
+  float* lse;          // [B, nW, h, Nq]
+  const float* k_pad;  // [h, d] or null (zeros)
+  const float* v_pad;  // [h, d] or null (zeros)
+  const float* table;  // [h, (2wh-1), (2ww-1)], both axes flipped, or null
+  const float* bias;   // [h, Nq, bias_ld >= Nk] or null; replaces the table
   int64_t bias_ld;
-  const float* mask;    // [mask_count, Nq, Nk] or null
-  int64_t mask_count;   // problem i of an image (full domain: image i) uses mask i mod mask_count
+  const float* mask;   // [mask_count, Nq, Nk] or null
+  int64_t mask_count;  // problem i of an image (full domain: image i) uses mask i mod mask_count
   bool swin_mask;
   float swin_mask_value;
   const float* scale_per_head;  // [h] or null

@@ -134,10 +134,11 @@ void backward_block(const WindowAttentionParams& p, BackwardScratch& s, const Ba
   // P and dS
   const int64_t key_vecs = s.key_ld / kLanes;
   const int64_t vecs = s.ld / kLanes;
-  multiply<DotF32>(rows, key_vecs, {p.head_dim, s.queries, s.ld, 1, s.keys_t, s.key_ld, s.weights,
-                                    s.key_ld, false});
-  multiply<DotF32>(rows, key_vecs, {p.head_dim, s.dout, s.ld, 1, s.values_t, s.key_ld, s.dlogits,
-                                    s.key_ld, false});
+  multiply<DotF32>(
+      rows, key_vecs,
+      {p.head_dim, s.queries, s.ld, 1, s.keys_t, s.key_ld, s.weights, s.key_ld, false});
+  multiply<DotF32>(rows, key_vecs,
+                   {p.head_dim, s.dout, s.ld, 1, s.values_t, s.key_ld, s.dlogits, s.key_ld, false});
   float scale = p.scale;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t query = s.query[r];
@@ -154,8 +155,7 @@ void backward_block(const WindowAttentionParams& p, BackwardScratch& s, const Ba
     }
   }
 
-  multiply<DotF32>(p.nk, vecs,
-                   {rows, s.weights, 1, s.key_ld, s.dout, s.ld, s.dvalues, s.ld, true});
+  multiply<DotF32>(p.nk, vecs, {rows, s.weights, 1, s.key_ld, s.dout, s.ld, s.dvalues, s.ld, true});
   multiply<DotF32>(p.nk, vecs,
                    {rows, s.dlogits, 1, s.key_ld, s.queries, s.ld, s.dkeys, s.ld, true});
   multiply<DotF32>(rows, vecs, {p.nk, s.dlogits, s.key_ld, 1, s.keys, s.ld, s.dq, s.ld, false});
@@ -168,8 +168,7 @@ void backward_block(const WindowAttentionParams& p, BackwardScratch& s, const Ba
       scale_row(dq, scale, s.ld);
       add_row(s.dq_shared + (s.query[r] - group.first_query) * s.ld, dq, s.ld);
     } else {
-      store_row(dq, p.head_dim, scale,
-                query_at<T>(p, s.tokens, g.dq, group.head, s.query[r]));
+      store_row(dq, p.head_dim, scale, query_at<T>(p, s.tokens, g.dq, group.head, s.query[r]));
     }
   }
 }
@@ -327,8 +326,8 @@ void reduce_tasks(const WindowAttentionParams& p, const WindowAttentionPlan& pla
   const int64_t d = p.head_dim;
   const int64_t ld = round_up(d, kLanes);
   const int64_t windows = p.full ? 1 : int64_t{p.windows_y} * p.windows_x;
-  Carver carver(thread_scratch(static_cast<size_t>(
-      round_up(ld * 4, 64) + round_up(p.nk * 8, 64) + round_up((p.nk + 2 * kLanes) * 4, 64))));
+  Carver carver(thread_scratch(static_cast<size_t>(round_up(ld * 4, 64) + round_up(p.nk * 8, 64) +
+                                                   round_up((p.nk + 2 * kLanes) * 4, 64))));
   float* sum = carver.take<float>(ld);
   Tokens tokens;
   tokens.keys = p.full ? nullptr : carver.take<Token>(p.nk);

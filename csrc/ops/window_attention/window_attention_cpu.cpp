@@ -60,6 +60,6 @@ void reduce(const WindowAttentionParams& p, const WindowAttentionPlan& plan, int
 
 extern const WindowAttentionKernels FASTBB_TABLE_NAME(FASTBB_ISA_NAME);
 const WindowAttentionKernels FASTBB_TABLE_NAME(FASTBB_ISA_NAME) = {expand_bias, forward, backward,
-                                                                  reduce};
+                                                                   reduce};
 
 }  // namespace fastbb

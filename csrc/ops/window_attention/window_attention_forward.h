@@ -7,7 +7,8 @@
 //    and masks, softmax, P V. Each step finishes the block before the next begins, so that the
 //    latencies of a row (horizontal maximum, exponential, horizontal sum) overlap with other rows'.
 // 3. Problems with more than 2048 keys run over blocks of 512 keys with a running maximum and sum.
-// 4. A window of 49 keys fills three vectors of 16 lanes and one lane of a fourth. Such a lone last key
+// 4. A window of 49 keys fills three vectors of 16 lanes and one lane of a fourth. Such a lone last
+// key
 //    is kept out of the vectors along the keys: its logits and weights are computed along the
 //    queries, which saves a quarter of Q K^T and of the exponentials.
 //

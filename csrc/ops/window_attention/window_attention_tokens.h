@@ -165,8 +165,8 @@ FASTBB_INLINE void normalise_row_backward(float* grad, const float* unit, float 
 template <class T>
 FASTBB_INLINE void prefetch_next(const WindowAttentionParams& p, const TokenMap& map, int64_t head,
                                  const T* row) {
-  const T* next = row + (head + 1 < p.heads ? map.head
-                                            : p.window_w * map.column - (p.heads - 1) * map.head);
+  const T* next =
+      row + (head + 1 < p.heads ? map.head : p.window_w * map.column - (p.heads - 1) * map.head);
   for (int64_t c = 0; c < p.head_dim; c += 64 / static_cast<int64_t>(sizeof(T))) {
     __builtin_prefetch(next + c);
   }
@@ -198,8 +198,8 @@ void pack_rows(const WindowAttentionParams& p, const Tokens& t, const TokenMap& 
 // ---- what is added to the scaled logits of one query ----
 
 // Relative position bias of query token i for keys [first, first + n), from the flipped table:
-// for a fixed key row the entries of its keys are contiguous and ascending. Writes whole vectors, up
-// to kLanes floats beyond the end of the row.
+// for a fixed key row the entries of its keys are contiguous and ascending. Writes whole vectors,
+// up to kLanes floats beyond the end of the row.
 inline void expand_bias_row(const WindowAttentionParams& p, int64_t head, int64_t query,
                             int64_t first, int64_t n, float* row) {
   const int wh = p.window_h, ww = p.window_w;

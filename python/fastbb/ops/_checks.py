@@ -24,9 +24,7 @@ def fail(
     raise error(f"{op}: {argument} {rule}, got {got}")
 
 
-def check_tensor(
-    op: str, name: str, x: Any, dtypes: Sequence[torch.dtype] | None = None
-) -> None:
+def check_tensor(op: str, name: str, x: Any, dtypes: Sequence[torch.dtype] | None = None) -> None:
     """A strided (dense) tensor, of one of `dtypes` when given."""
     if not isinstance(x, Tensor):
         fail(op, name, "must be a torch.Tensor", type(x).__name__, TypeError)

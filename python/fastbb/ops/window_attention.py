@@ -112,12 +112,10 @@ def window_attention(
         fail(OP, "mask", 'must be a tensor, "swin" or None', repr(mask))
     size = None if window is None else pair(OP, "window", window)
     offset = pair(OP, "shift", shift)
-    dense_mask = None if swin else mask
+    dense_mask = None if isinstance(mask, str) else mask
     check_float(OP, "mask_value", mask_value)
     check_bool(OP, "qk_l2norm", qk_l2norm)
-    _check(
-        q, k, v, size, offset, pad_mode, k_pad, v_pad, bias_table, bias, dense_mask, swin, scale
-    )
+    _check(q, k, v, size, offset, pad_mode, k_pad, v_pad, bias_table, bias, dense_mask, swin, scale)
     if use_kernel(OP, impl, can_run(q, k, v)):
         scale_tensor = scale.flatten() if isinstance(scale, Tensor) else None
         factor = scale if isinstance(scale, (int, float)) else k.shape[-1] ** -0.5
@@ -316,9 +314,7 @@ def _check_devices(*tensors: Any) -> None:
 
 
 @torch.library.register_fake("fastbb::window_attention")
-def _fake(
-    q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     _check_devices(q, k, v, *args)
     window = args[6]
     h = k.shape[-2]
@@ -393,9 +389,7 @@ def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | N
     )
 
 
-torch.library.register_autograd(
-    "fastbb::window_attention", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("fastbb::window_attention", _backward, setup_context=_setup_context)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
