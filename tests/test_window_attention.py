@@ -29,7 +29,7 @@ PADS = ("k_pad", "v_pad")
 
 
 def in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments in float64; pads keep the rounding to k's dtype that they are defined by."""
+    """The same arguments in float64; pads keep the rounding to k's dtype that defines them."""
     rounded = {key: x.to(kwargs["k"].dtype) if key in PADS else x for key, x in kwargs.items()}
     return {key: x.double() if isinstance(x, Tensor) else x for key, x in rounded.items()}
 

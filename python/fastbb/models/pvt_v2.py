@@ -97,8 +97,9 @@ class PVTv2(nn.Module):
             self.stages.append(PyramidStage(down, blocks, dim, **factory))
         self.num_features = embed_dims[-1]
         if not features_only:
-            classifier = nn.Linear(self.num_features, num_classes, **factory)
-            self.head = classifier if num_classes > 0 else nn.Identity()
+            self.head: nn.Module = nn.Identity()
+            if num_classes > 0:
+                self.head = nn.Linear(self.num_features, num_classes, **factory)
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

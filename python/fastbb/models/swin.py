@@ -142,9 +142,9 @@ def _fit_to_map(
     map_size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Per axis: a window no larger than the map, and no shift if there is only one."""
-    shift = tuple(s if side > w else 0 for s, w, side in zip(shift, window, map_size, strict=True))
-    window = tuple(min(w, side) for w, side in zip(window, map_size, strict=True))
-    return window, shift
+    (height, width), (wh, ww) = map_size, window
+    shift = (shift[0] if height > wh else 0, shift[1] if width > ww else 0)
+    return (min(wh, height), min(ww, width)), shift
 
 
 _T: dict[str, Any] = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}

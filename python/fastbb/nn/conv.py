@@ -19,12 +19,16 @@ def conv(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class SqueezeExcite(nn.Module):
-    """x * sigmoid(fc2(gelu(fc1(mean(x))))), reduction 4, no biases (Hu et al. 2018)."""
+    """x * sigmoid(fc2(gelu(fc1(mean(x))))), no biases (Hu et al. 2018).
+
+    The hidden width is a quarter of `dim`, in multiples of 8 as in timm.
+    """
 
     def __init__(self, dim: int, **factory: Any) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, dim // 4, 1, bias=False, **factory)
-        self.fc2 = nn.Conv2d(dim // 4, dim, 1, bias=False, **factory)
+        hidden = max(8, (dim // 4 + 4) // 8 * 8)
+        self.fc1 = nn.Conv2d(dim, hidden, 1, bias=False, **factory)
+        self.fc2 = nn.Conv2d(hidden, dim, 1, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         s = x.mean((1, 2))
