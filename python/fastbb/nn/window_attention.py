@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,35 @@ from torch.nn import functional as F
 
 from fastbb.nn.conv import conv
 from fastbb.ops import window_attention
+from fastbb.ops._checks import fail, pair
 
 PadMode = Literal["pad_then_roll", "roll_then_pad"]
 SWIN_MASK_VALUE = -100.0
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def _window(name: str, window_size: int | Sequence[int]) -> tuple[int, int]:
+    window = pair(name, "window_size", window_size)
+    if min(window) < 1:
+        fail(name, "window_size", "must be at least 1", window_size)
+    return window
+
+
+def _shift(name: str, shift: int | Sequence[int], window: tuple[int, int]) -> tuple[int, int]:
+    both = pair(name, "shift", shift)
+    if not all(0 <= s < w for s, w in zip(both, window, strict=True)):
+        fail(name, "shift", f"must be in [0, window_size {window})", shift)
+    return both
+
+
+def _pad_mode(name: str, pad_mode: PadMode) -> PadMode:
+    if pad_mode not in get_args(PadMode):
+        fail(name, "pad_mode", f"must be one of {get_args(PadMode)}", repr(pad_mode))
+    return pad_mode
+
+
+def _check_map(name: str, x: Tensor, dim: int) -> None:
+    if x.dim() != 4 or x.shape[-1] != dim:
+        fail(name, "x", f"must be [B, H, W, {dim}]", list(x.shape))
 
 
 def _active_shift(
@@ -40,7 +62,7 @@ def _active_shift(
 
 def _head_dim(name: str, dim: int, num_heads: int) -> int:
     if num_heads < 1 or dim % num_heads != 0:
-        raise ValueError(f"{name}: num_heads must divide dim {dim}, got {num_heads}")
+        fail(name, "num_heads", f"must divide dim {dim}", num_heads)
     return dim // num_heads
 
 
@@ -79,16 +101,18 @@ class WindowAttention(_BiasTable):
         qkv_bias: bool = True,
         **factory: Any,
     ) -> None:
-        self.window_size = _pair(window_size)
+        self.window_size = _window("WindowAttention", window_size)
         super().__init__(self.window_size, num_heads, **factory)
+        self.dim = dim
         self.num_heads = num_heads
         self.head_dim = _head_dim("WindowAttention", dim, num_heads)
-        self.shift = _pair(shift)
-        self.pad_mode = pad_mode
+        self.shift = _shift("WindowAttention", shift, self.window_size)
+        self.pad_mode = _pad_mode("WindowAttention", pad_mode)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_map("WindowAttention", x, self.dim)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         k_pad, v_pad = (None, None) if self.qkv.bias is None else self.qkv.bias.chunk(3)[1:]
         shift = _active_shift(self.shift, self.window_size, x.shape[1:3], self.pad_mode)
@@ -133,11 +157,12 @@ class WindowAttentionV2(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.num_heads = num_heads
         self.head_dim = _head_dim("WindowAttentionV2", dim, num_heads)
-        self.window_size = _pair(window_size)
-        self.shift = _pair(shift)
-        self.pad_mode = pad_mode
+        self.window_size = _window("WindowAttentionV2", window_size)
+        self.shift = _shift("WindowAttentionV2", shift, self.window_size)
+        self.pad_mode = _pad_mode("WindowAttentionV2", pad_mode)
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0), **factory))
         self.cpb_mlp = nn.Sequential(
             nn.Linear(2, 512, **factory),
@@ -165,6 +190,7 @@ class WindowAttentionV2(nn.Module):
         return 16.0 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table))
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_map("WindowAttentionV2", x, self.dim)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
@@ -210,9 +236,10 @@ class GlobalWindowAttention(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.num_heads = num_heads
         self.head_dim = _head_dim("GlobalWindowAttention", dim, num_heads)
-        self.window_size = _pair(window_size)
+        self.window_size = _window("GlobalWindowAttention", window_size)
         self.use_global = use_global
         self.rel_pos = _BiasTable(self.window_size, num_heads, **factory)
         self.qkv = nn.Linear(dim, (2 if use_global else 3) * dim, bias=qkv_bias, **factory)
@@ -220,11 +247,12 @@ class GlobalWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, q_global: Tensor | None = None) -> Tensor:
         """x `[B, H, W, C]`, q_global `[B, wh, ww, C]` (needed with `use_global`)."""
+        _check_map("GlobalWindowAttention", x, self.dim)
         heads = (self.num_heads, self.head_dim)
         parts = self.qkv(x).unflatten(-1, (-1, *heads)).unbind(3)
         if self.use_global:
             if q_global is None:
-                raise ValueError("GlobalWindowAttention: q_global must be given, got None")
+                fail("GlobalWindowAttention", "q_global", "must be given", None)
             k, v = parts
             q = q_global.flatten(1, 2).unflatten(-1, heads).to(k.dtype)
         else:
@@ -265,8 +293,11 @@ class SpatialReductionAttention(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.num_heads = num_heads
         self.head_dim = _head_dim("SpatialReductionAttention", dim, num_heads)
+        if sr_ratio < 1:
+            fail("SpatialReductionAttention", "sr_ratio", "must be at least 1", sr_ratio)
         self.linear = linear
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
@@ -287,6 +318,7 @@ class SpatialReductionAttention(nn.Module):
         return self.norm(conv(self.sr, x))
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_map("SpatialReductionAttention", x, self.dim)
         heads = (self.num_heads, self.head_dim)
         q = self.q(x).flatten(1, 2).unflatten(-1, heads)
         k, v = self.kv(self._reduce(x)).flatten(1, 2).unflatten(-1, (2, *heads)).unbind(2)

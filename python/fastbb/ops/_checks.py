@@ -7,7 +7,7 @@ Messages have one form: `op: argument rule, got value`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def fail(
     op: str, argument: str, rule: str, got: object, error: type[Exception] = ValueError
-) -> None:
+) -> NoReturn:
     """Raises `error` with the project's message form."""
     raise error(f"{op}: {argument} {rule}, got {got}")
 
