@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small matrix products on packed, cache-resident operands: C (+)= A B.
 //
-// A register tile of up to 6 rows x kTileVecs vectors: per step of the inner dimension it loads
-// kTileVecs vectors of B and broadcasts 6 elements of A for 6 * kTileVecs multiply-adds. With
-// 32 vector registers (AVX-512, NEON) that is 24 accumulators, 4 of B and 1 broadcast; with 16
-// (AVX2, SSE2) 12, 2 and 1. 12 or more independent accumulators cover the latency of 2 FMA
-// units x 4 cycles.
+// A register tile of up to tile_rows(n) rows x n vectors, n <= kTileVecs: per step of the inner
+// dimension it loads n vectors of B and broadcasts one element of A per row. With 32 vector
+// registers (AVX-512, NEON) that is at most 24 accumulators, 4 of B and 1 broadcast; with 16
+// (AVX2, SSE2) 12, 2 and 1. 8 or more independent accumulators cover the latency of 2 FMA
+// units x 4 cycles. 49 rows (a window of 7 x 7) run as 7 tiles of 7 rows where n <= 3.
 //
 // A is addressed by two strides, so the same code multiplies by a transposed A (dV = P^T dO).
 // B and C rows are padded to whole vectors by the caller; C may be uninitialised when
@@ -19,7 +19,12 @@
 namespace fastbb {
 namespace {
 
-constexpr int kTileRows = 6;
+// Rows of a tile of `vecs` vectors.
+constexpr int tile_rows(int vecs) {
+  constexpr int kAccumulators = 6 * kTileVecs;
+  return kAccumulators / vecs < 8 ? kAccumulators / vecs : 8;
+}
+constexpr int kTileRows = tile_rows(1);  // of any tile, at most
 
 // acc + a * b, element by element.
 struct DotF32 {
@@ -50,7 +55,7 @@ struct TileOperands {
 template <class Dot, int kRows, int kVecs>
 void tile(const TileOperands& t) {
   VecF acc[kRows][kVecs];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int n = 0; n < kVecs; ++n) {
@@ -63,78 +68,61 @@ void tile(const TileOperands& t) {
     VecF bv[kVecs];
 #pragma GCC unroll 4
     for (int n = 0; n < kVecs; ++n) bv[n] = load(b + n * kLanes);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const VecF av = broadcast(a[r * t.a_row]);
 #pragma GCC unroll 4
       for (int n = 0; n < kVecs; ++n) acc[r][n] = Dot::apply(acc[r][n], av, bv[n]);
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int n = 0; n < kVecs; ++n) store(t.c + r * t.c_row + n * kLanes, acc[r][n]);
   }
 }
 
-template <class Dot, int kRows>
-FASTBB_INLINE void tile_of_rows(const TileOperands& t, int vecs) {
-  switch (vecs) {
-    case 1:
-      return tile<Dot, kRows, 1>(t);
-    case 2:
-      return tile<Dot, kRows, 2>(t);
-#if !defined(FASTBB_ISA_AVX2)
-    case 3:
-      if constexpr (kTileVecs >= 3) return tile<Dot, kRows, 3>(t);
-      break;
-    case 4:
-      if constexpr (kTileVecs >= 4) return tile<Dot, kRows, 4>(t);
-      break;
-#endif
-    default:
-      break;
+// The tile of exactly `rows` rows, at most kRows.
+template <class Dot, int kVecs, int kRows = tile_rows(kVecs)>
+FASTBB_INLINE void tile_of_rows(int64_t rows, const TileOperands& t) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return tile_of_rows<Dot, kVecs, kRows - 1>(rows, t);
   }
+  tile<Dot, kRows, kVecs>(t);
+}
+
+// C [rows, kVecs * kLanes] (+)= A B in tiles of rows, cut evenly: 9 rows run as 5 + 4, not 8 + 1.
+template <class Dot, int kVecs>
+void panel(int64_t rows, TileOperands t) {
+  const int64_t tiles = (rows + tile_rows(kVecs) - 1) / tile_rows(kVecs);
+  for (int64_t i = 0, r = 0; i < tiles; ++i) {
+    const int64_t n = (rows - r + tiles - i - 1) / (tiles - i);
+    tile_of_rows<Dot, kVecs>(n, t);
+    t.a += n * t.a_row;
+    t.c += n * t.c_row;
+    r += n;
+  }
+}
+
+template <class Dot, int kVecs = kTileVecs>
+FASTBB_INLINE void panel_of_vecs(int64_t vecs, int64_t rows, const TileOperands& t) {
+  if constexpr (kVecs > 1) {
+    if (vecs < kVecs) return panel_of_vecs<Dot, kVecs - 1>(vecs, rows, t);
+  }
+  panel<Dot, kVecs>(rows, t);
 }
 
 // C [rows, vecs * kLanes] (+)= A [rows, inner] B [inner, vecs * kLanes]. Panels are cut evenly:
 // 13 vectors run as 4+3+3+3 rather than 4+4+4+1.
 template <class Dot>
-void multiply(int64_t rows, int64_t vecs, const TileOperands& whole) {
-  const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
-  const int64_t vec_tiles = (vecs + kTileVecs - 1) / kTileVecs;
-  for (int64_t vt = 0, v = 0; vt < vec_tiles; ++vt) {
-    const int64_t nv = (vecs - v) / (vec_tiles - vt) + ((vecs - v) % (vec_tiles - vt) != 0);
-    for (int64_t rt = 0, r = 0; rt < row_tiles; ++rt) {
-      const int64_t nr = (rows - r) / (row_tiles - rt) + ((rows - r) % (row_tiles - rt) != 0);
-      TileOperands t = whole;
-      t.a += r * whole.a_row;
-      t.b += v * kLanes;
-      t.c += r * whole.c_row + v * kLanes;
-      const int n = static_cast<int>(nv);
-      switch (nr) {
-        case 1:
-          tile_of_rows<Dot, 1>(t, n);
-          break;
-        case 2:
-          tile_of_rows<Dot, 2>(t, n);
-          break;
-        case 3:
-          tile_of_rows<Dot, 3>(t, n);
-          break;
-        case 4:
-          tile_of_rows<Dot, 4>(t, n);
-          break;
-        case 5:
-          tile_of_rows<Dot, 5>(t, n);
-          break;
-        default:
-          tile_of_rows<Dot, 6>(t, n);
-          break;
-      }
-      r += nr;
-    }
-    v += nv;
+void multiply(int64_t rows, int64_t vecs, TileOperands t) {
+  const int64_t panels = (vecs + kTileVecs - 1) / kTileVecs;
+  for (int64_t i = 0, v = 0; i < panels; ++i) {
+    const int64_t n = (vecs - v + panels - i - 1) / (panels - i);
+    panel_of_vecs<Dot>(n, rows, t);
+    t.b += n * kLanes;
+    t.c += n * kLanes;
+    v += n;
   }
 }
 

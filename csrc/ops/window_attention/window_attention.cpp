@@ -15,6 +15,33 @@ constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxWindowTokens = 65536;
 constexpr int kSides = 5;  // bias_table, bias, scale, k_pad, v_pad: optional gradients
 
+// q, k and v as views, however they were given: apart; k and v packed in k [.., 2, h, d]; or all
+// three packed in q [.., 3, h, d]. Packed, they get packed gradients, which the projection before
+// them takes without a copy.
+struct Views {
+  Tensor q, k, v;
+};
+
+Tensor part(const Tensor& packed, int64_t index) {
+  return torch::stable::select(packed, packed.dim() - 3, index);
+}
+
+void check_packed(const char* name, const Tensor& x, int64_t parts) {
+  check(x.dim() >= 4 && x.size(x.dim() - 3) == parts, kOp, name,
+        "must be packed [..., " + std::to_string(parts) + ", h, d]", shape_of(x));
+}
+
+Views views_of(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v) {
+  check(k || !v, kOp, "v", "must not be given without k", "v alone");
+  if (v) return {q, *k, *v};
+  if (k) {
+    check_packed("k", *k, 2);
+    return {q, part(*k, 0), part(*k, 1)};
+  }
+  check_packed("q", q, 3);
+  return {part(q, 0), part(q, 1), part(q, 2)};
+}
+
 // The arguments that forward and backward share, in schema order.
 struct Inputs {
   const Tensor &q, &k, &v;
@@ -230,25 +257,27 @@ int64_t grain_of(int64_t flops_per_task) {
   return flops_per_task >= kFlops ? 1 : kFlops / (flops_per_task + 1) + 1;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const OptionalTensor& bias_table, const OptionalTensor& bias,
-                                   const OptionalTensor& mask, const OptionalTensor& scale_per_head,
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const OptionalTensor& k,
+                                   const OptionalTensor& v, const OptionalTensor& bias_table,
+                                   const OptionalTensor& bias, const OptionalTensor& mask,
+                                   const OptionalTensor& scale_per_head,
                                    const OptionalTensor& k_pad, const OptionalTensor& v_pad,
                                    const std::vector<int64_t>& window,
                                    const std::vector<int64_t>& shift, const std::string& pad_mode,
                                    const std::optional<double>& swin_mask_value, double scale,
                                    bool qk_l2norm) {
-  const Inputs in{
-      q,      k,     v,        bias_table,      bias,  mask,     scale_per_head, k_pad, v_pad,
-      window, shift, pad_mode, swin_mask_value, scale, qk_l2norm};
+  const Views views = views_of(q, k, v);
+  const Inputs in{views.q, views.k,        views.v,         bias_table, bias,
+                  mask,    scale_per_head, k_pad,           v_pad,      window,
+                  shift,   pad_mode,       swin_mask_value, scale,      qk_l2norm};
   Call call = describe(in);
   WindowAttentionParams& p = call.params;
-  const Tensor out = torch::stable::new_empty(k, out_shape(in, p));
-  const Tensor lse = new_float32(k, lse_shape(p));
+  const Tensor out = torch::stable::new_empty(q, out_shape(in, p));
+  const Tensor lse = new_float32(q, lse_shape(p));
   p.out = token_map(out);
   p.lse = floats(lse);
   const auto plan = window_attention_plan(p, false);
-  expand_bias(call, plan, k);
+  expand_bias(call, plan, q);
   const auto& kernels = window_attention_kernels();
   const int64_t flops = 4 * plan.q_block_rows * p.nk * p.head_dim;
   torch::stable::parallel_for(
@@ -266,19 +295,21 @@ Tensor side_gradient(const Tensor& like, const OptionalTensor& x, bool need, flo
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
-    const OptionalTensor& bias_table, const OptionalTensor& bias, const OptionalTensor& mask,
-    const OptionalTensor& scale_per_head, const OptionalTensor& k_pad, const OptionalTensor& v_pad,
-    const std::vector<int64_t>& window, const std::vector<int64_t>& shift,
-    const std::string& pad_mode, const std::optional<double>& swin_mask_value, double scale,
-    bool qk_l2norm, const std::vector<bool>& need_side) {
-  const Inputs in{
-      q,      k,     v,        bias_table,      bias,  mask,     scale_per_head, k_pad, v_pad,
-      window, shift, pad_mode, swin_mask_value, scale, qk_l2norm};
+    const Tensor& grad_out, const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
+    const Tensor& lse, const OptionalTensor& bias_table, const OptionalTensor& bias,
+    const OptionalTensor& mask, const OptionalTensor& scale_per_head, const OptionalTensor& k_pad,
+    const OptionalTensor& v_pad, const std::vector<int64_t>& window,
+    const std::vector<int64_t>& shift, const std::string& pad_mode,
+    const std::optional<double>& swin_mask_value, double scale, bool qk_l2norm,
+    const std::vector<bool>& need_side) {
+  const Views views = views_of(q, k, v);
+  const Inputs in{views.q, views.k,        views.v,         bias_table, bias,
+                  mask,    scale_per_head, k_pad,           v_pad,      window,
+                  shift,   pad_mode,       swin_mask_value, scale,      qk_l2norm};
   Call call = describe(in);
   WindowAttentionParams& p = call.params;
   WindowAttentionGradients& g = p.grad;
-  check_main("grad_out", grad_out, k, out_shape(in, p));
+  check_main("grad_out", grad_out, in.k, out_shape(in, p));
   check_cpu("lse", lse);
   check_shape("lse", lse, lse_shape(p));
   check(lse.scalar_type() == ScalarType::Float && lse.is_contiguous(), kOp, "lse",
@@ -293,23 +324,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     return none ? torch::stable::new_zeros(x, shape_of(x))
                 : torch::stable::new_empty(x, shape_of(x));
   };
-  const Tensor dq = gradient(q), dk = gradient(k), dv = gradient(v);
-  g.dq = token_map(dq);
-  g.dk = token_map(dk);
-  g.dv = token_map(dv);
-  const Tensor dtable = side_gradient(k, bias_table, need_side[0], g.dtable);
-  const Tensor dbias = side_gradient(k, bias, need_side[1], g.dbias);
-  const Tensor dscale = side_gradient(k, scale_per_head, need_side[2], g.dscale);
-  const Tensor dk_pad = side_gradient(k, k_pad, need_side[3], g.dk_pad);
-  const Tensor dv_pad = side_gradient(k, v_pad, need_side[4], g.dv_pad);
+  const Tensor dq = gradient(q);
+  const Tensor dk = k ? gradient(*k) : new_float32(q, {0});
+  const Tensor dv = v ? gradient(*v) : new_float32(q, {0});
+  const Views gradients =
+      views_of(dq, k ? OptionalTensor(dk) : std::nullopt, v ? OptionalTensor(dv) : std::nullopt);
+  g.dq = token_map(gradients.q);
+  g.dk = token_map(gradients.k);
+  g.dv = token_map(gradients.v);
+  const Tensor dtable = side_gradient(q, bias_table, need_side[0], g.dtable);
+  const Tensor dbias = side_gradient(q, bias, need_side[1], g.dbias);
+  const Tensor dscale = side_gradient(q, scale_per_head, need_side[2], g.dscale);
+  const Tensor dk_pad = side_gradient(q, k_pad, need_side[3], g.dk_pad);
+  const Tensor dv_pad = side_gradient(q, v_pad, need_side[4], g.dv_pad);
 
   const auto plan = window_attention_plan(p, g.dbias != nullptr);
-  expand_bias(call, plan, k);
+  expand_bias(call, plan, q);
   int64_t sums = 0;  // floats that the reduction reads
   const auto partial = [&](bool need, int64_t count) -> float* {
     if (!need || count == 0) return nullptr;
     sums += count;
-    return const_cast<float*>(call.hold(new_float32(k, {count})));
+    return const_cast<float*>(call.hold(new_float32(q, {count})));
   };
   const int64_t groups = plan.backward_tasks;
   const int64_t rows = int64_t{2 * p.window_h - 1} * (2 * p.window_w - 1);
@@ -338,12 +373,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastbb, m) {
   m.def(
-      "window_attention(Tensor q, Tensor k, Tensor v, Tensor? bias_table, Tensor? bias, "
+      "window_attention(Tensor q, Tensor? k, Tensor? v, Tensor? bias_table, Tensor? bias, "
       "Tensor? mask, Tensor? scale_per_head, Tensor? k_pad, Tensor? v_pad, int[] window, "
       "int[] shift, str pad_mode, float? swin_mask_value, float scale, bool qk_l2norm) "
       "-> (Tensor out, Tensor lse)");
   m.def(
-      "window_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, "
+      "window_attention_backward(Tensor grad_out, Tensor q, Tensor? k, Tensor? v, Tensor lse, "
       "Tensor? bias_table, Tensor? bias, Tensor? mask, Tensor? scale_per_head, "
       "Tensor? k_pad, Tensor? v_pad, int[] window, int[] shift, str pad_mode, "
       "float? swin_mask_value, float scale, bool qk_l2norm, bool[] need_side) "

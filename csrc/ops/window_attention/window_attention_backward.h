@@ -73,8 +73,8 @@ struct BackwardGroup {
 
 template <class T>
 void pack_problem(const WindowAttentionParams& p, BackwardScratch& s, int64_t head) {
-  pack_rows<T>(p, s.tokens, p.k, p.k_pad, head, 0, p.nk, s.ld, s.keys);
-  pack_rows<T>(p, s.tokens, p.v, p.v_pad, head, 0, p.nk, s.ld, s.values);
+  pack_rows<T>(p, s.tokens, p.k, p.k_pad, head, 0, p.nk, s.key_ld, s.ld, s.keys);
+  pack_rows<T>(p, s.tokens, p.v, p.v_pad, head, 0, p.nk, s.key_ld, s.ld, s.values);
   if (p.qk_l2norm) {
     for (int64_t j = 0; j < p.nk; ++j) s.key_inverse[j] = normalise_row(s.keys + j * s.ld, s.ld);
   }

@@ -8,8 +8,7 @@
 //    latencies of a row (horizontal maximum, exponential, horizontal sum) overlap with other rows'.
 // 3. Problems with more than 2048 keys run over blocks of 512 keys with a running maximum and sum.
 // 4. A window of 49 keys fills three vectors of 16 lanes and one lane of a fourth. Such a lone last
-// key
-//    is kept out of the vectors along the keys: its logits and weights are computed along the
+//    key is kept out of the vectors along the keys: its logits and weights are computed along the
 //    queries, which saves a quarter of Q K^T and of the exponentials.
 //
 // Bound: arithmetic. Per query 4 N d flops of FMA against about 14 vector instructions per kLanes
@@ -26,6 +25,11 @@
 
 namespace fastbb {
 namespace {
+
+// Keys of a block that are handled in vectors along the keys: all but a lone last one.
+constexpr int64_t keys_in_vectors(int64_t keys) {
+  return keys > kLanes && keys % kLanes == 1 ? keys - 1 : keys;
+}
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -62,15 +66,16 @@ struct Fp32Engine {
 
   static void pack_keys(const WindowAttentionParams& p, ForwardScratch& s, int64_t head,
                         int64_t first, int64_t n) {
-    pack_rows<T>(p, s.tokens, p.k, p.k_pad, head, first, n, s.row_ld, s.rows);
+    const int64_t columns = round_up(keys_in_vectors(n), kLanes);
+    pack_rows<T>(p, s.tokens, p.k, p.k_pad, head, first, n, columns, s.row_ld, s.rows);
     if (p.qk_l2norm) {
       for (int64_t i = 0; i < n; ++i) normalise_row(s.rows + i * s.row_ld, s.row_ld);
     }
-    transpose_rows(s.rows, round_up(n, kLanes), s.row_ld, s.row_ld, s.keys_t, s.key_ld);
+    transpose_rows(s.rows, columns, s.row_ld, s.row_ld, s.keys_t, s.key_ld);
   }
   static void pack_values(const WindowAttentionParams& p, ForwardScratch& s, int64_t head,
                           int64_t first, int64_t n) {
-    pack_rows<T>(p, s.tokens, p.v, p.v_pad, head, first, n, s.value_ld, s.values);
+    pack_rows<T>(p, s.tokens, p.v, p.v_pad, head, first, n, n, s.value_ld, s.values);
   }
   static void load_query(const WindowAttentionParams& p, const T* from, float* to, int64_t ld) {
     load_row(from, p.head_dim, ld, to);
@@ -133,7 +138,8 @@ struct Bf16Engine {
   static void pack_keys(const WindowAttentionParams& p, ForwardScratch& s, int64_t head,
                         int64_t first, int64_t n) {
     pack(p, s, p.k, p.k_pad, head, first, n);
-    transpose_rows(s.rows, round_up(n, kLanes), s.row_ld, s.row_ld, s.keys_t, s.key_ld);
+    const int64_t columns = round_up(keys_in_vectors(n), kLanes);
+    transpose_rows(s.rows, columns, s.row_ld, s.row_ld, s.keys_t, s.key_ld);
   }
   // Pairs run along the keys: lane c of pair row i holds values 2i and 2i+1 of channel c.
   static void pack_values(const WindowAttentionParams& p, ForwardScratch& s, int64_t head,
@@ -170,7 +176,7 @@ struct Bf16Engine {
 
 // Rows of logits kept at once.
 inline int64_t forward_block_rows(int64_t key_ld, int64_t q_block_rows) {
-  constexpr int64_t kFloats = 16384;
+  constexpr int64_t kFloats = 960;
   return larger(smaller(kFloats / key_ld, q_block_rows), smaller(kTileRows, q_block_rows));
 }
 
@@ -255,11 +261,6 @@ FASTBB_INLINE VecF exponentiate_row(float* s, int64_t key_ld, float shift) {
     total += e;
   }
   return total;
-}
-
-// Keys of a block that are handled in vectors along the keys: all but a lone last one.
-constexpr int64_t keys_in_vectors(int64_t keys) {
-  return keys > kLanes && keys % kLanes == 1 ? keys - 1 : keys;
 }
 
 // Raw products of the lone key with the packed queries.
@@ -355,14 +356,16 @@ void forward_block(const WindowAttentionParams& p, ForwardScratch& s, int64_t he
 template <class T>
 void write_results(const WindowAttentionParams& p, const ForwardScratch& s, int64_t head,
                    int64_t rows, float* lse) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const VecF sum = load(s.sum + r);
+    store(s.maximum + r, load(s.maximum + r) + log(sum));
+    store(s.sum + r, 1.0f / sum);
+  }
   for (int64_t r = 0; r < rows; ++r) {
-    store_row(s.out + r * s.value_ld, p.head_dim, 1.0f / s.sum[r],
+    lse[s.query[r]] = s.maximum[r];
+    store_row(s.out + r * s.value_ld, p.head_dim, s.sum[r],
               token_at<T>(p, s.tokens, p.out, head, s.query[r]));
   }
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    store(s.maximum + r, load(s.maximum + r) + log(load(s.sum + r)));
-  }
-  for (int64_t r = 0; r < rows; ++r) lse[s.query[r]] = s.maximum[r];
 }
 
 template <class Engine>

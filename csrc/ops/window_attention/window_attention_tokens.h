@@ -172,11 +172,12 @@ FASTBB_INLINE void prefetch_next(const WindowAttentionParams& p, const TokenMap&
   }
 }
 
-// Keys or values [first, first + n) of one head -> float32 rows [n rounded up to kLanes, ld];
-// padding takes `pad` [h, d] (null: zeros), the rounding rows are zeros.
+// Keys or values [first, first + n) of one head -> float32 rows [zeros_to, ld]; padding takes `pad`
+// [h, d] (null: zeros), rows from n to zeros_to are zeros.
 template <class T>
 void pack_rows(const WindowAttentionParams& p, const Tokens& t, const TokenMap& map,
-               const float* pad, int64_t head, int64_t first, int64_t n, int64_t ld, float* rows) {
+               const float* pad, int64_t head, int64_t first, int64_t n, int64_t zeros_to,
+               int64_t ld, float* rows) {
   const int64_t d = p.head_dim;
   for (int64_t i = 0; i < n; ++i) {
     float* row = rows + i * ld;
@@ -190,7 +191,7 @@ void pack_rows(const WindowAttentionParams& p, const Tokens& t, const TokenMap& 
       for (int64_t c = 0; c < ld; c += kLanes) store(row + c, VecF{});
     }
   }
-  for (int64_t i = n; i < round_up(n, kLanes); ++i) {
+  for (int64_t i = n; i < zeros_to; ++i) {
     for (int64_t c = 0; c < ld; c += kLanes) store(rows + i * ld + c, VecF{});
   }
 }

@@ -19,16 +19,13 @@ class FastWindowAttentionGlobal(WindowAttentionGlobal):
 
     def forward(self, x: Tensor, q_global: Tensor | None = None) -> Tensor:
         check_no_dropout(self, self.attn_drop.p)
-        qkv = self.qkv(x)
+        heads = (self.num_heads, self.head_dim)
+        q, kv = self.qkv(x).unflatten(-1, (-1, *heads)), None
         if self.use_global and q_global is not None:
-            k, v = qkv.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(3)
-            q = q_global.flatten(1, 2).unflatten(-1, (self.num_heads, self.head_dim))
-        else:
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
+            q, kv = q_global.flatten(1, 2).unflatten(-1, heads), q
         x = window_attention(
             q,
-            k,
-            v,
+            kv,
             window=self.window_size,
             bias_table=self.rel_pos.relative_position_bias_table,
             scale=self.scale,

@@ -30,8 +30,8 @@ class FastAttention(Attention):
         check_no_dropout(self, self.attn_drop.p)
         q = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
         kv = self.kv(self._reduce(x, feat_size))
-        k, v = kv.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
-        x = window_attention(q, k, v, scale=self.scale).flatten(2)
+        kv = kv.unflatten(-1, (2, self.num_heads, self.head_dim))
+        x = window_attention(q, kv, scale=self.scale).flatten(2)
         return self.proj_drop(self.proj(x))
 
     def _reduce(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:

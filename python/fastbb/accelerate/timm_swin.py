@@ -19,15 +19,13 @@ class FastWindowAttention(WindowAttention):
 
     def forward(self, x: Tensor, shift: tuple[int, int]) -> Tensor:
         check_no_dropout(self, self.attn_drop.p)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         # timm pads after the norm with zeros, so the linear layer's bias is all a padded token has.
         k_pad = v_pad = None
         if self.qkv.bias is not None:
             _, k_pad, v_pad = self.qkv.bias.unflatten(0, (3, -1)).unbind(0)
         x = window_attention(
-            q,
-            k,
-            v,
+            qkv,
             window=self.window_size,
             shift=shift,
             pad_mode="roll_then_pad",

@@ -21,11 +21,8 @@ class FastWindowAttention(WindowAttention):
 
     def forward(self, x: Tensor, shift: tuple[int, int]) -> Tensor:
         check_no_dropout(self, self.attn_drop.p)
-        q, k, v = self._project(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         x = window_attention(
-            q,
-            k,
-            v,
+            self._project(x).unflatten(-1, (3, self.num_heads, -1)),
             window=self.window_size,
             shift=shift,
             pad_mode="roll_then_pad",

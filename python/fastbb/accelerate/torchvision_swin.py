@@ -27,14 +27,11 @@ def _attend(
     size = qkv.shape[1:3]
     # torchvision does not shift along an axis that one window covers, padding included.
     shift = [0 if w >= n else s for w, n, s in zip(window, size, shift, strict=True)]
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)
     k_pad = v_pad = None
     if bias is not None:
         _, k_pad, v_pad = bias.unflatten(0, (3, -1)).unbind(0)
     out = window_attention(
-        q,
-        k,
-        v,
+        qkv.unflatten(-1, (3, num_heads, -1)),
         window=window,
         shift=shift,
         pad_mode="pad_then_roll",

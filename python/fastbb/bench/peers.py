@@ -114,13 +114,12 @@ def to_windows(qkv: Tensor, shape: AttentionShape, pads: Tensor | None) -> Tenso
 
 def fastbb_layer(shape: AttentionShape, inputs: LayerInputs) -> Tensor:
     """The fused operator from map to map: `[B, H, W, C]`."""
-    q, k, v = inputs.qkv.unbind(-3) if inputs.q is None else (inputs.q, *inputs.qkv.unbind(-3))
+    q, kv = (inputs.qkv, None) if inputs.q is None else (inputs.q, inputs.qkv)
     if shape.window is None:
-        return window_attention(q, k, v).unflatten(1, shape.map_size).flatten(3)
+        return window_attention(q, kv).unflatten(1, shape.map_size).flatten(3)
     out = window_attention(
         q,
-        k,
-        v,
+        kv,
         window=shape.window,
         shift=shape.shift,
         pad_mode="roll_then_pad" if inputs.pads is not None else "none",

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbb._console import UsageError, require
+from fastbb.models import GCViT
+from fastbb.models.convert import in_timm_layout
 
 TORCHVISION_PREFIX = "torchvision/"
 
@@ -37,8 +39,8 @@ def load_source(name: str, checkpoint: Path | None = None, seed: int = 0) -> Sou
     """Builds `name`: a timm model, `torchvision/<model>`, or a torchvision model unknown to timm.
 
     Weights come from the `checkpoint` file (torch or safetensors), whose keys must be exactly the
-    model's, or those of a release that timm knows how to convert. Without one they are random, see
-    `scale_up_random_weights_`.
+    model's, or those of a release that timm or fastbb knows how to convert. Without one they are
+    random, see `scale_up_random_weights_`.
 
     Raises: UsageError for an unknown model, an unreadable checkpoint or one with other keys.
     """
@@ -152,7 +154,12 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _in_todays_layout(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of original releases and older timm versions renamed by timm's own converter, if any."""
+    """Keys of original releases and older timm versions renamed by timm's own converter, if any.
+
+    timm has none for GC ViT; fastbb knows the names of the original release.
+    """
+    if type(module).__name__ == "GlobalContextVit":
+        return in_timm_layout(GCViT, tensors)
     convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     return tensors if convert is None else convert(tensors, module)
 

@@ -250,13 +250,11 @@ def load_state_dict(
     that is none of fastbb's. The model is then unchanged.
     """
     op = "load_state_dict"
-    layouts = _layouts(op, model)
+    layouts = _layouts(op, type(model))
     state = _unwrap(op, state_dict)
     if source == "auto":
-        source = next((n for n in layouts if _MARKS.get(n) in state), "timm")
-    layout = _layout(op, layouts, source, "source")
-    state = {k: v for k, v in state.items() if not _COMPUTED.search(k)}
-    state = layout.reshape_in({_rename(k, layout.to_native): v for k, v in state.items()})
+        source = _recognised(layouts, state)
+    state = _to_native(_layout(op, layouts, source, "source"), state)
     own = model.state_dict()
     if resize_tables:
         state = {k: _resized(k, v, own.get(k), model) for k, v in state.items()}
@@ -281,17 +279,33 @@ def export_state_dict(model: nn.Module, target: str) -> State:
 
     Buffers that the other library computes from sizes are left out: load with `strict=False`.
     """
-    layouts = _layouts("export_state_dict", model)
+    layouts = _layouts("export_state_dict", type(model))
     layout = _layout("export_state_dict", layouts, target, "target")
     state = layout.reshape_out(dict(model.state_dict()))
     return {_rename(k, layout.from_native): v for k, v in state.items()}
 
 
-def _layouts(op: str, model: nn.Module) -> dict[str, Layout]:
-    for kind, layouts in _LAYOUTS.items():
-        if isinstance(model, kind):
+def in_timm_layout(kind: type[nn.Module], state_dict: Mapping[str, object]) -> State:
+    """Weights of a fastbb backbone class, in any supported layout, under timm's names."""
+    layouts = _layouts("in_timm_layout", kind)
+    state = _unwrap("in_timm_layout", state_dict)
+    return _to_native(layouts[_recognised(layouts, state)], state)
+
+
+def _layouts(op: str, kind: type[nn.Module]) -> dict[str, Layout]:
+    for known, layouts in _LAYOUTS.items():
+        if issubclass(kind, known):
             return layouts
-    raise TypeError(f"{op}: model must be a fastbb backbone, got {type(model).__qualname__}")
+    raise TypeError(f"{op}: model must be a fastbb backbone, got {kind.__qualname__}")
+
+
+def _recognised(layouts: dict[str, Layout], state: State) -> str:
+    return next((name for name in layouts if _MARKS.get(name) in state), "timm")
+
+
+def _to_native(layout: Layout, state: State) -> State:
+    kept = {k: v for k, v in state.items() if not _COMPUTED.search(k)}
+    return layout.reshape_in({_rename(k, layout.to_native): v for k, v in kept.items()})
 
 
 def _layout(op: str, layouts: dict[str, Layout], name: str, argument: str) -> Layout:

@@ -113,13 +113,11 @@ class WindowAttention(_BiasTable):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_map("WindowAttention", x, self.dim)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         k_pad, v_pad = (None, None) if self.qkv.bias is None else self.qkv.bias.chunk(3)[1:]
         shift = _active_shift(self.shift, self.window_size, x.shape[1:3], self.pad_mode)
         x = window_attention(
-            q,
-            k,
-            v,
+            qkv,
             window=self.window_size,
             shift=shift,
             pad_mode=self.pad_mode,
@@ -193,12 +191,9 @@ class WindowAttentionV2(nn.Module):
         _check_map("WindowAttentionV2", x, self.dim)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         shift = _active_shift(self.shift, self.window_size, x.shape[1:3], self.pad_mode)
         x = window_attention(
-            q,
-            k,
-            v,
+            qkv.unflatten(-1, (3, self.num_heads, self.head_dim)),
             window=self.window_size,
             shift=shift,
             pad_mode=self.pad_mode,
@@ -249,20 +244,17 @@ class GlobalWindowAttention(nn.Module):
         """x `[B, H, W, C]`, q_global `[B, wh, ww, C]` (needed with `use_global`)."""
         _check_map("GlobalWindowAttention", x, self.dim)
         heads = (self.num_heads, self.head_dim)
-        parts = self.qkv(x).unflatten(-1, (-1, *heads)).unbind(3)
+        packed = self.qkv(x).unflatten(-1, (-1, *heads))
+        q, kv = packed, None
         if self.use_global:
             if q_global is None:
                 fail("GlobalWindowAttention", "q_global", "must be given", None)
-            k, v = parts
-            q = q_global.flatten(1, 2).unflatten(-1, heads).to(k.dtype)
-        else:
-            q, k, v = parts
+            q, kv = q_global.flatten(1, 2).unflatten(-1, heads).to(packed.dtype), packed
         bias = self.qkv.bias
         k_pad, v_pad = (None, None) if bias is None else bias.view(-1, x.shape[-1])[-2:]
         x = window_attention(
             q,
-            k,
-            v,
+            kv,
             window=self.window_size,
             pad_mode="pad_then_roll",
             k_pad=k_pad,
@@ -321,6 +313,6 @@ class SpatialReductionAttention(nn.Module):
         _check_map("SpatialReductionAttention", x, self.dim)
         heads = (self.num_heads, self.head_dim)
         q = self.q(x).flatten(1, 2).unflatten(-1, heads)
-        k, v = self.kv(self._reduce(x)).flatten(1, 2).unflatten(-1, (2, *heads)).unbind(2)
-        out = window_attention(q, k, v)
+        kv = self.kv(self._reduce(x)).flatten(1, 2).unflatten(-1, (2, *heads))
+        out = window_attention(q, kv)
         return self.proj(out.flatten(2)).view(x.shape)

@@ -37,8 +37,8 @@ _SIDE_DTYPES = (*FLOAT_DTYPES, torch.float64)
 
 def window_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
     window: int | Sequence[int] | None = None,
     shift: int | Sequence[int] = 0,
@@ -66,8 +66,11 @@ def window_attention(
     **Full domain** (k is 4-D, `window=None`): q `[B, Nq, h, d]`, k, v `[B, Nk, h, d]` (PVT's
     spatial reduction). Result `[B, Nq, h, d]`.
 
-    q, k, v may be any strided views (e.g. of one qkv tensor) whose last dimension is contiguous;
-    others are copied.
+    **Packed**: without `v`, k holds keys and values, `[B, H, W, 2, h, d]`; without `k` too, q holds
+    all three, `[B, H, W, 3, h, d]` (full domain: `[B, N, 2 or 3, h, d]`). These are the outputs of
+    one projection, unflattened. Their gradients come packed as well, so training copies nothing.
+
+    Tensors may be any strided views whose last dimension is contiguous; others are copied.
 
     Args:
         window: (wh, ww) or one int for both.
@@ -106,7 +109,8 @@ def window_attention(
     Sources: Liu et al. 2021 (Swin), Liu et al. 2022 (Swin v2), Hatamizadeh et al. 2023 (GC ViT),
     Wang et al. 2021 (PVT).
     """
-    q, k, v = _apply_autocast(q, k, v)
+    given = _apply_autocast(q, k, v)
+    q, k, v = _views(*given)
     swin = isinstance(mask, str)
     if swin and mask != "swin":
         fail(OP, "mask", 'must be a tensor, "swin" or None', repr(mask))
@@ -120,9 +124,7 @@ def window_attention(
         scale_tensor = scale.flatten() if isinstance(scale, Tensor) else None
         factor = scale if isinstance(scale, (int, float)) else k.shape[-1] ** -0.5
         return torch.ops.fastbb.window_attention.default(
-            last_dim_contiguous(q),
-            last_dim_contiguous(k),
-            last_dim_contiguous(v),
+            *(None if x is None else last_dim_contiguous(x) for x in given),
             bias_table,
             bias,
             dense_mask,
@@ -164,12 +166,32 @@ def can_run(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
 
 def _apply_autocast(*tensors: Any) -> tuple[Any, ...]:
     """Casts to the autocast dtype, as a matmul would; side inputs keep theirs."""
-    if not all(isinstance(x, Tensor) for x in tensors):
-        return tensors
-    dtype = autocast_dtype(tensors[0])
+    dtype = autocast_dtype(tensors[0]) if isinstance(tensors[0], Tensor) else None
     if dtype is None:
         return tensors
-    return tuple(x.to(dtype) if x.dtype in FLOAT_DTYPES else x for x in tensors)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype in FLOAT_DTYPES else x for x in tensors
+    )
+
+
+def _views(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """q, k, v as views, however they were given: apart, k and v packed, or all three packed."""
+    if v is not None:
+        if k is None:
+            fail(OP, "k", "must be given with v", None)
+        return q, k, v
+    if k is not None:
+        return (q, *_unpack("k", k, 2))
+    return _unpack("q", q, 3)
+
+
+def _unpack(name: str, packed: Any, parts: int) -> tuple[Any, ...]:
+    check_tensor(OP, name, packed, _SIDE_DTYPES)
+    if packed.dim() not in (5, 6) or packed.shape[-3] != parts:
+        shapes = f"[B, H, W, {parts}, h, d] or [B, N, {parts}, h, d]"
+        rest = "k and v are" if parts == 3 else "v is"
+        fail(OP, name, f"must be packed {shapes} when {rest} not given", list(packed.shape))
+    return packed.unbind(-3)
 
 
 def _check(
@@ -314,8 +336,11 @@ def _check_devices(*tensors: Any) -> None:
 
 
 @torch.library.register_fake("fastbb::window_attention")
-def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def _fake(
+    q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
     _check_devices(q, k, v, *args)
+    q, k, v = _views(q, k, v)
     window = args[6]
     h = k.shape[-2]
     if k.dim() == 4:
@@ -333,8 +358,8 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[T
 def _fake_backward(
     grad_out: Tensor,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     lse: Tensor,
     bias_table: Tensor | None,
     bias: Tensor | None,
@@ -347,10 +372,11 @@ def _fake_backward(
     _check_devices(grad_out, q, k, v, lse, bias_table, bias, mask, scale_per_head, k_pad, v_pad)
     need_side: list[bool] = rest[-1]
     sides = (bias_table, bias, scale_per_head, k_pad, v_pad)
+    nothing = q.new_empty((0,), dtype=torch.float32)
     return (
-        *(x.new_empty(x.shape) for x in (q, k, v)),
+        *(torch.empty_like(nothing) if x is None else x.new_empty(x.shape) for x in (q, k, v)),
         *(
-            q.new_empty(x.shape if x is not None and need else (0,), dtype=torch.float32)
+            nothing.new_empty(x.shape if x is not None and need else (0,))
             for x, need in zip(sides, need_side, strict=True)
         ),
     )
@@ -382,8 +408,9 @@ def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | N
         for g, x, need in zip(grads[3:], sides, need_side, strict=True)
     ]
     dtable, dbias, dscale, dk_pad, dv_pad = side_grads
+    dq, dk, dv = (g if x is not None else None for g, x in zip(grads, (q, k, v), strict=False))
     return (
-        *grads[:3],
+        *(dq, dk, dv),
         *(dtable, dbias, None, dscale, dk_pad, dv_pad),
         *(None,) * len(ctx.settings),
     )

@@ -361,12 +361,53 @@ def build(
     return Sample(name, raw_args(kwargs), kwargs, case.difficulty)
 
 
+PACKED = (
+    "swin",
+    "swin_v2",
+    "gcvit_global",
+    "gcvit_global_padded",
+    "pad_roll_both",
+    "roll_pad_columns",
+    "pvt",
+    "pvt_long_queries",
+    "full_long_keys_bias",
+    "dim_30",
+    "sliced",
+    "batch_0",
+)
+"""Cases that are also sampled in packed form."""
+
+
+def packed(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments with q, k and v packed, or k and v where q has another shape."""
+    q, k, v = (kwargs[name].detach() for name in ("q", "k", "v"))
+    rest = {key: x for key, x in kwargs.items() if key not in ("q", "k", "v")}
+    if q.shape == k.shape:
+        tensors = {"q": torch.stack((q, k, v), -3)}
+    else:
+        tensors = {"q": q.clone(), "k": torch.stack((k, v), -3)}
+    grad = kwargs["q"].requires_grad
+    return {name: x.requires_grad_(grad) for name, x in tensors.items()} | rest
+
+
+def build_packed(
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    requires_grad: bool = False,
+    seed: int = 0,
+) -> Sample:
+    """The sample of `CASES[name]` in packed form."""
+    kwargs = packed(build(name, device, dtype, requires_grad, seed).kwargs)
+    return Sample(f"{name}_packed", raw_args(kwargs), kwargs, CASES[name].difficulty)
+
+
 def raw_args(kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Arguments of the raw operator from those of the public function."""
-    q, k, v = (_last_dim_contiguous(kwargs[name]) for name in ("q", "k", "v"))
+    qkv = (kwargs.get(name) for name in ("q", "k", "v"))
     mask, scale = kwargs.get("mask"), kwargs.get("scale")
     return (
-        *(q, k, v),
+        *(None if x is None else _last_dim_contiguous(x) for x in qkv),
         kwargs.get("bias_table"),
         kwargs.get("bias"),
         mask if isinstance(mask, Tensor) else None,
@@ -376,7 +417,7 @@ def raw_args(kwargs: dict[str, Any]) -> tuple[Any, ...]:
         list(kwargs.get("shift", (0, 0))),
         kwargs.get("pad_mode", "none"),
         kwargs.get("mask_value", -100.0) if isinstance(mask, str) else None,
-        float(scale) if isinstance(scale, float) else k.shape[-1] ** -0.5,
+        float(scale) if isinstance(scale, float) else kwargs["q"].shape[-1] ** -0.5,
         kwargs["qk_l2norm"],
     )
 
@@ -391,22 +432,28 @@ def samples(
     requires_grad: bool = False,
     seed: int = 0,
 ) -> Iterator[Sample]:
-    """Every case of the forward operator."""
+    """Every case of the forward operator, then the packed ones."""
     for name in CASES:
         yield build(name, device, dtype, requires_grad, seed)
+    for name in PACKED:
+        yield build_packed(name, device, dtype, requires_grad, seed)
 
 
 def build_backward(
     name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Sample:
     """The backward sample of `CASES[name]`; `lse` comes from the forward operator."""
-    forward = build(name, device, dtype, seed=seed).args
+    return _backward_of(build(name, device, dtype, seed=seed), seed)
+
+
+def _backward_of(sample: Sample, seed: int) -> Sample:
+    forward = sample.args
     out, lse = torch.ops.fastbb.window_attention.default(*forward)
     generator = torch.Generator().manual_seed(seed + 1)
     grad_out = torch.randn(out.shape, generator=generator).to(out)
     need_side = [forward[i] is not None for i in (3, 4, 6, 7, 8)]
     args = (grad_out, *forward[:3], lse, *forward[3:], need_side)
-    return Sample(name, args, difficulty=CASES[name].difficulty)
+    return Sample(sample.name, args, difficulty=sample.difficulty)
 
 
 def backward_samples(
@@ -420,3 +467,5 @@ def backward_samples(
         return
     for name in CASES:
         yield build_backward(name, device, dtype, seed)
+    for name in PACKED:
+        yield _backward_of(build_packed(name, device, dtype, seed=seed), seed)
