@@ -28,7 +28,7 @@ BadCall = tuple[dict[str, Any], type[Exception], str, str, str]
 # fmt: off
 BAD_WINDOW_CALLS: dict[str, BadCall] = {
     "q_not_a_tensor": ({"q": [1.0]}, TypeError, "q", "torch.Tensor", "list"),
-    "k_not_a_tensor": ({"k": None}, TypeError, "k", "torch.Tensor", "NoneType"),
+    "k_not_a_tensor": ({"k": [0.0]}, TypeError, "k", "torch.Tensor", "list"),
     "v_sparse": ({"v": WINDOWS["v"].to_sparse()}, TypeError, "v", "dense", "torch.sparse_coo"),
     "q_int": ({"q": WINDOWS["q"].int()}, TypeError, "q", "dtype", "torch.int32"),
     "q_device": ({"q": WINDOWS["q"].to("meta")}, ValueError, "q", "k's device", "meta"),

@@ -283,6 +283,22 @@ FASTBB_INLINE void exchange(VecF& a, VecF& b, std::integer_sequence<int, kLane..
   b = high;
 }
 
+// Lane i of the result: all lanes of rows[i] combined. The rows are overwritten. 45 instructions
+// for 16 rows of 16 lanes, where `reduce` takes 128.
+template <int kStep = 1, class Op>
+FASTBB_INLINE VecF reduce_rows(VecF* rows, Op op) {
+  if constexpr (kStep == kLanes) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes; i += 2 * kStep) {
+      exchange<kStep>(rows[i], rows[i + kStep], LaneSequence{});
+      rows[i] = op(rows[i], rows[i + kStep]);
+    }
+    return reduce_rows<2 * kStep>(rows, op);
+  }
+}
+
 template <int kStep = 1>
 FASTBB_INLINE void transpose_block(VecF (&rows)[kLanes]) {
   if constexpr (kStep < kLanes) {

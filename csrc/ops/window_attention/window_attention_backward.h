@@ -29,14 +29,27 @@ struct BackwardScratch {
   float* dq;                 // [block rows, ld]
   float* dq_shared;          // [q_split_rows, ld]
   float* bias;               // [bias_ld]
-  float* query_inverse;      // [block rows] 1 / |q|
-  int64_t* query;            // [block rows]
+  float* dbias;          // [q_split_rows, key_ld] sum of dS over the windows of a group, or null
+  float* query_inverse;  // [block rows] 1 / |q|
+  VecF *total, *along;   // [block rows] row sums of P and of P dP, by lane
+  // [block rows]; the lone key's column of P and dS, see the forward pass
+  float *normaliser, *delta, *lone_weight, *lone_dlogit;
+  int64_t* query;  // [block rows]
   int64_t key_ld, ld, block_rows;
 };
 
 // Rows of P and dS kept at once: 64 up to 512 keys, then fewer to stay in the L2 cache.
 inline int64_t backward_block_rows(int64_t nk) {
   return larger(smaller(64, 64 * 512 / larger(nk, 1)), kTileRows);
+}
+
+// Whether dS is summed over the windows of a group before it is collapsed to the table: where there
+// are several and the sum stays in the L1 cache. Neighbouring queries collapse onto overlapping
+// table entries, whose stores the next loads must wait for.
+inline bool sums_bias_gradient(const WindowAttentionParams& p, const WindowAttentionPlan& plan) {
+  constexpr int64_t kFloats = 4096;
+  return p.grad.partial_table != nullptr && (plan.windows_per_chunk > 1 || plan.merge_images) &&
+         plan.q_split_rows * round_up(p.nk, kLanes) <= kFloats;
 }
 
 inline int64_t carve_backward(const WindowAttentionParams& p, const WindowAttentionPlan& plan,
@@ -59,7 +72,15 @@ inline int64_t carve_backward(const WindowAttentionParams& p, const WindowAttent
   }
   s.dq_shared = carver.take<float>(p.q_shared ? plan.q_split_rows * s.ld : 0);
   s.bias = carver.take<float>(s.key_ld + kLanes);
+  const bool sums_dbias = sums_bias_gradient(p, plan);
+  s.dbias = carver.take<float>(sums_dbias ? plan.q_split_rows * s.key_ld : 0);
+  if (!sums_dbias) s.dbias = nullptr;
   s.query_inverse = carver.take<float>(s.block_rows);
+  const int64_t rows = round_up(s.block_rows, kLanes);
+  for (VecF** lanes : {&s.total, &s.along}) *lanes = carver.take<VecF>(rows);
+  for (float** values : {&s.normaliser, &s.delta, &s.lone_weight, &s.lone_dlogit}) {
+    *values = carver.take<float>(rows);
+  }
   s.query = carver.take<int64_t>(s.block_rows);
   return carver.used();
 }
@@ -73,25 +94,27 @@ struct BackwardGroup {
 
 template <class T>
 void pack_problem(const WindowAttentionParams& p, BackwardScratch& s, int64_t head) {
-  pack_rows<T>(p, s.tokens, p.k, p.k_pad, head, 0, p.nk, s.key_ld, s.ld, s.keys);
-  pack_rows<T>(p, s.tokens, p.v, p.v_pad, head, 0, p.nk, s.key_ld, s.ld, s.values);
+  const int64_t columns = round_up(keys_in_vectors(p.nk), kLanes);
+  pack_rows<T>(p, s.tokens, p.k, p.k_pad, head, 0, p.nk, columns, s.ld, next_window(p, p.k),
+               s.keys);
+  pack_rows<T>(p, s.tokens, p.v, p.v_pad, head, 0, p.nk, columns, s.ld, next_window(p, p.v),
+               s.values);
   if (p.qk_l2norm) {
     for (int64_t j = 0; j < p.nk; ++j) s.key_inverse[j] = normalise_row(s.keys + j * s.ld, s.ld);
   }
-  transpose_rows(s.keys, s.key_ld, s.ld, s.ld, s.keys_t, s.key_ld);
-  transpose_rows(s.values, s.key_ld, s.ld, s.ld, s.values_t, s.key_ld);
+  transpose_rows(s.keys, columns, s.ld, s.ld, s.keys_t, s.key_ld);
+  transpose_rows(s.values, columns, s.ld, s.ld, s.values_t, s.key_ld);
   std::memset(s.dkeys, 0, sizeof(float) * static_cast<size_t>(s.key_ld * s.ld));
   std::memset(s.dvalues, 0, sizeof(float) * static_cast<size_t>(s.key_ld * s.ld));
 }
 
-// Raw products and dP -> P and dS of one query, in place. rowsum(P dP) equals rowsum(dO O) but
-// needs no O, and does not inherit the rounding of a half-precision one. P is normalised again:
-// exp(x - lse) carries lse's rounding error, which would not cancel in dP - rowsum(P dP).
-FASTBB_INLINE void differentiate_row(float* weights, float* dlogits, int64_t keys,
-                                     const LogitTerms& terms, float lse) {
+// Raw products -> exp(logit - lse), in place; sums by lane of these weights and of weights * dP.
+FASTBB_INLINE void exponentiate_logits(float* weights, const float* dlogits, int64_t keys,
+                                       const LogitTerms& terms, float lse, VecF& total,
+                                       VecF& along) {
   const int64_t whole = keys / kLanes * kLanes;
   const int rest = static_cast<int>(keys - whole);
-  VecF along{}, total{};
+  total = along = VecF{};
   for (int64_t j = 0; j < whole; j += kLanes) {
     const VecF w = exp(apply_terms<false>(load(weights + j), terms, j, kLanes) - lse);
     store(weights + j, w);
@@ -105,12 +128,70 @@ FASTBB_INLINE void differentiate_row(float* weights, float* dlogits, int64_t key
     along += w * load(dlogits + whole);
     total += w;
   }
-  const float normaliser = 1.0f / reduce_add(total);
-  const float delta = reduce_add(along) * normaliser;
-  for (int64_t j = 0; j < round_up(keys, kLanes); j += kLanes) {
-    const VecF w = load(weights + j) * normaliser;
-    store(weights + j, w);
-    store(dlogits + j, w * (load(dlogits + j) - delta));
+}
+
+// Raw products and dP of a block -> P and dS, in place. rowsum(P dP) equals rowsum(dO O) but needs
+// no O, and does not inherit the rounding of a half-precision one. P is normalised again:
+// exp(x - lse) carries lse's rounding error, which would not cancel in dP - rowsum(P dP).
+inline void differentiate_block(const WindowAttentionParams& p, const BackwardScratch& s,
+                                int64_t head, int64_t rows, const float* lse) {
+  const int64_t in_vectors = keys_in_vectors(p.nk);
+  const bool has_lone = in_vectors < p.nk;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t query = s.query[r];
+    if (expands_rows(p)) expand_bias_row(p, head, query, 0, p.nk, s.bias);
+    const auto terms = logit_terms(p, s.tokens, head, query, 0, expands_rows(p) ? s.bias : nullptr);
+    exponentiate_logits(s.weights + r * s.key_ld, s.dlogits + r * s.key_ld, in_vectors, terms,
+                        lse[query], s.total[r], s.along[r]);
+    if (has_lone) s.lone_weight[r] = lone_logit(s.lone_weight[r], terms, in_vectors) - lse[query];
+  }
+  const auto add = [](VecF a, VecF b) { return a + b; };
+  for (int64_t g = 0; g < rows; g += kLanes) {
+    VecF lone{}, lone_dlogit{};
+    if (has_lone) {
+      lone = exp(load(s.lone_weight + g));
+      lone_dlogit = load(s.lone_dlogit + g);
+    }
+    const VecF normaliser = 1.0f / (reduce_rows(s.total + g, add) + lone);
+    const VecF delta = (reduce_rows(s.along + g, add) + lone * lone_dlogit) * normaliser;
+    store(s.normaliser + g, normaliser);
+    store(s.delta + g, delta);
+    store(s.lone_weight + g, lone * normaliser);
+    store(s.lone_dlogit + g, lone * normaliser * (lone_dlogit - delta));
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* weights = s.weights + r * s.key_ld;
+    float* dlogits = s.dlogits + r * s.key_ld;
+    for (int64_t j = 0; j < round_up(in_vectors, kLanes); j += kLanes) {
+      const VecF w = load(weights + j) * s.normaliser[r];
+      store(weights + j, w);
+      store(dlogits + j, w * (load(dlogits + j) - s.delta[r]));
+    }
+    if (has_lone) {
+      VecF weight{}, dlogit{};
+      weight[0] = s.lone_weight[r];
+      dlogit[0] = s.lone_dlogit[r];
+      store(weights + in_vectors, weight);
+      store(dlogits + in_vectors, dlogit);
+    }
+  }
+}
+
+// Adds dS of a block to the gradients of the bias.
+inline void add_bias_gradient(const WindowAttentionParams& p, const BackwardScratch& s,
+                              const BackwardGroup& group, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t query = s.query[r];
+    const float* dlogits = s.dlogits + r * s.key_ld;
+    if (s.dbias != nullptr) {
+      add_row(s.dbias + (query - group.first_query) * s.key_ld, dlogits, s.key_ld);
+    } else if (group.table != nullptr) {
+      collapse_bias_row(p, query, dlogits, group.table);
+    }
+    if (p.grad.dbias != nullptr) {
+      float* dbias = p.grad.dbias + (group.head * p.nq + query) * p.nk;
+      for (int64_t j = 0; j < p.nk; ++j) dbias[j] += dlogits[j];
+    }
   }
 }
 
@@ -125,40 +206,38 @@ void backward_block(const WindowAttentionParams& p, BackwardScratch& s, const Ba
   for (int64_t r = 0; r < rows; ++r) {
     float* query = s.queries + r * s.ld;
     float* dout = s.dout + r * s.ld;
-    load_row(query_at<const T>(p, s.tokens, p.q, group.head, s.query[r]), p.head_dim, s.ld, query);
+    const T* from = query_at<const T>(p, s.tokens, p.q, group.head, s.query[r]);
+    prefetch_row(p, from, next_window(p, p.q));
+    load_row(from, p.head_dim, s.ld, query);
     if (p.qk_l2norm) s.query_inverse[r] = normalise_row(query, s.ld);
-    load_row(token_at<const T>(p, s.tokens, g.grad_out, group.head, s.query[r]), p.head_dim, s.ld,
-             dout);
+    from = token_at<const T>(p, s.tokens, g.grad_out, group.head, s.query[r]);
+    prefetch_row(p, from, next_window(p, g.grad_out));
+    load_row(from, p.head_dim, s.ld, dout);
   }
 
   // P and dS
-  const int64_t key_vecs = s.key_ld / kLanes;
+  const int64_t in_vectors = keys_in_vectors(p.nk);
+  const int64_t key_vecs = round_up(in_vectors, kLanes) / kLanes;
   const int64_t vecs = s.ld / kLanes;
   multiply<DotF32>(
       rows, key_vecs,
       {p.head_dim, s.queries, s.ld, 1, s.keys_t, s.key_ld, s.weights, s.key_ld, false});
   multiply<DotF32>(rows, key_vecs,
                    {p.head_dim, s.dout, s.ld, 1, s.values_t, s.key_ld, s.dlogits, s.key_ld, false});
-  float scale = p.scale;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t query = s.query[r];
-    if (expands_rows(p)) expand_bias_row(p, group.head, query, 0, p.nk, s.bias);
-    const auto terms =
-        logit_terms(p, s.tokens, group.head, query, 0, expands_rows(p) ? s.bias : nullptr);
-    scale = terms.scale;
-    float* dlogits = s.dlogits + r * s.key_ld;
-    differentiate_row(s.weights + r * s.key_ld, dlogits, p.nk, terms, lse[query]);
-    if (group.table != nullptr) collapse_bias_row(p, query, dlogits, group.table);
-    if (g.dbias != nullptr) {
-      float* dbias = g.dbias + (group.head * p.nq + query) * p.nk;
-      for (int64_t j = 0; j < p.nk; ++j) dbias[j] += dlogits[j];
+  if (in_vectors < p.nk) {
+    for (int64_t r = 0; r < rows; ++r) {
+      s.lone_weight[r] = dot_rows(s.queries + r * s.ld, s.keys + in_vectors * s.ld, s.ld);
+      s.lone_dlogit[r] = dot_rows(s.dout + r * s.ld, s.values + in_vectors * s.ld, s.ld);
     }
   }
+  differentiate_block(p, s, group.head, rows, lse);
+  add_bias_gradient(p, s, group, rows);
 
   multiply<DotF32>(p.nk, vecs, {rows, s.weights, 1, s.key_ld, s.dout, s.ld, s.dvalues, s.ld, true});
   multiply<DotF32>(p.nk, vecs,
                    {rows, s.dlogits, 1, s.key_ld, s.queries, s.ld, s.dkeys, s.ld, true});
   multiply<DotF32>(rows, vecs, {p.nk, s.dlogits, s.key_ld, 1, s.keys, s.ld, s.dq, s.ld, false});
+  const float scale = p.scale_per_head != nullptr ? p.scale_per_head[group.head] : p.scale;
   for (int64_t r = 0; r < rows; ++r) {
     float* dq = s.dq + r * s.ld;
     const float* query = s.queries + r * s.ld;
@@ -229,6 +308,10 @@ void backward_group(const WindowAttentionParams& p, const WindowAttentionPlan& p
   const int64_t last_image = plan.merge_images ? p.batch : first_image + 1;
   const int64_t first = plan.merge_images ? 0 : group.chunk % plan.chunks * plan.windows_per_chunk;
   const int64_t last = smaller(first + plan.windows_per_chunk, windows);
+  const int64_t queries = group.last_query - group.first_query;
+  if (s.dbias != nullptr) {
+    std::memset(s.dbias, 0, sizeof(float) * static_cast<size_t>(queries * s.key_ld));
+  }
   for (int64_t image = first_image; image < last_image; ++image) {
     if (p.q_shared) {
       std::memset(s.dq_shared, 0, sizeof(float) * static_cast<size_t>(plan.q_split_rows * s.ld));
@@ -246,6 +329,9 @@ void backward_group(const WindowAttentionParams& p, const WindowAttentionPlan& p
       finish_keys<T>(p, plan, s, group);
     }
     if (p.q_shared) finish_shared_queries<T>(p, plan, s, group);
+  }
+  for (int64_t i = 0; s.dbias != nullptr && i < queries; ++i) {
+    collapse_bias_row(p, group.first_query + i, s.dbias + i * s.key_ld, group.table);
   }
 }
 

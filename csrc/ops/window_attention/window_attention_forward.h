@@ -67,7 +67,8 @@ struct Fp32Engine {
   static void pack_keys(const WindowAttentionParams& p, ForwardScratch& s, int64_t head,
                         int64_t first, int64_t n) {
     const int64_t columns = round_up(keys_in_vectors(n), kLanes);
-    pack_rows<T>(p, s.tokens, p.k, p.k_pad, head, first, n, columns, s.row_ld, s.rows);
+    pack_rows<T>(p, s.tokens, p.k, p.k_pad, head, first, n, columns, s.row_ld,
+                 next_head(p, p.k, head), s.rows);
     if (p.qk_l2norm) {
       for (int64_t i = 0; i < n; ++i) normalise_row(s.rows + i * s.row_ld, s.row_ld);
     }
@@ -75,7 +76,8 @@ struct Fp32Engine {
   }
   static void pack_values(const WindowAttentionParams& p, ForwardScratch& s, int64_t head,
                           int64_t first, int64_t n) {
-    pack_rows<T>(p, s.tokens, p.v, p.v_pad, head, first, n, n, s.value_ld, s.values);
+    pack_rows<T>(p, s.tokens, p.v, p.v_pad, head, first, n, n, s.value_ld, next_head(p, p.v, head),
+                 s.values);
   }
   static void load_query(const WindowAttentionParams& p, const T* from, float* to, int64_t ld) {
     load_row(from, p.head_dim, ld, to);
@@ -119,7 +121,7 @@ struct Bf16Engine {
     const int64_t d = p.head_dim;
     if (is_real(p, t, token)) {
       const auto* from = token_at<const BFloat16>(p, t, map, head, token);
-      prefetch_next(p, map, head, from);
+      prefetch_row(p, from, next_head(p, map, head));
       copy_row(from, d, row, ld);
     } else {
       copy_row(nullptr, d, row, ld);
@@ -176,7 +178,7 @@ struct Bf16Engine {
 
 // Rows of logits kept at once.
 inline int64_t forward_block_rows(int64_t key_ld, int64_t q_block_rows) {
-  constexpr int64_t kFloats = 960;
+  constexpr int64_t kFloats = 16384;
   return larger(smaller(kFloats / key_ld, q_block_rows), smaller(kTileRows, q_block_rows));
 }
 
@@ -200,14 +202,14 @@ int64_t carve_forward(const WindowAttentionParams& p, const WindowAttentionPlan&
   s.logits = carver.take<float>(s.block_rows * s.key_ld);
   s.weights = carver.take<float>(s.block_rows * s.weight_ld);
   s.bias = carver.take<float>(s.block_rows * s.bias_ld);
-  s.lanes = carver.take<VecF>(s.block_rows);
+  s.lanes = carver.take<VecF>(round_up(s.block_rows, kLanes));
   s.lone_key = carver.take<float>(s.row_ld);
   s.lone = carver.take<float>(round_up(s.block_rows, kLanes));
   s.shift = carver.take<float>(round_up(s.block_rows, kLanes));
   s.out = carver.take<float>(plan.q_block_rows * s.value_ld);
   s.query = carver.take<int64_t>(plan.q_block_rows);
-  s.maximum = carver.take<float>(round_up(plan.q_block_rows, kLanes));
-  s.sum = carver.take<float>(round_up(plan.q_block_rows, kLanes));
+  s.maximum = carver.take<float>(plan.q_block_rows + kLanes);
+  s.sum = carver.take<float>(plan.q_block_rows + kLanes);
   return carver.used();
 }
 
@@ -283,7 +285,27 @@ FASTBB_INLINE float lone_logit(float raw, const LogitTerms& t, int64_t j) {
   return x;
 }
 
+// Maxima of a group of rows -> what is subtracted from their logits; with earlier key blocks, their
+// sums and outputs are brought to the new maxima.
+inline void update_maxima(const ForwardScratch& s, int64_t r0, int64_t g, int n, bool first) {
+  float* maxima = s.maximum + r0 + g;
+  float* sums = s.sum + r0 + g;
+  VecF top =
+      max(reduce_rows(s.lanes + g, [](VecF a, VecF b) { return max(a, b); }), load(s.lone + g));
+  if (!first) top = max(top, load(maxima));
+  // All keys masked with -inf so far: subtract 0, so that later blocks still count.
+  const VecF shift = top == broadcast(-kInfinity) ? VecF{} : top;
+  store(s.shift + g, shift);
+  if (!first) {
+    const VecF shrink = exp(load(maxima) - shift);
+    store_partial(sums, load(sums) * shrink, n);
+    for (int r = 0; r < n; ++r) scale_row(s.out + (r0 + g + r) * s.value_ld, shrink[r], s.value_ld);
+  }
+  store_partial(maxima, top, n);
+}
+
 // Raw products of a block -> softmax weights relative to each row's running maximum, in place.
+// Horizontal maxima and sums are taken for kLanes rows at once.
 inline void softmax_block(const WindowAttentionParams& p, const ForwardScratch& s, int64_t head,
                           int64_t r0, int64_t rows, int64_t first_key, int64_t keys) {
   const bool first = first_key == 0;
@@ -295,32 +317,24 @@ inline void softmax_block(const WindowAttentionParams& p, const ForwardScratch& 
     s.lanes[r] = logits_row(s.logits + r * s.key_ld, in_vectors, terms);
     s.lone[r] = has_lone ? lone_logit(s.lone[r], terms, in_vectors) : -kInfinity;
   }
+  const auto group_size = [rows](int64_t g) { return static_cast<int>(smaller(kLanes, rows - g)); };
+  for (int64_t g = 0; g < rows; g += kLanes) update_maxima(s, r0, g, group_size(g), first);
   for (int64_t r = 0; r < rows; ++r) {
-    float& maximum = s.maximum[r0 + r];
-    float new_max = reduce_max(s.lanes[r]);
-    new_max = s.lone[r] > new_max ? s.lone[r] : new_max;
-    new_max = first || new_max > maximum ? new_max : maximum;
-    // All keys masked with -inf so far: subtract 0, so that later blocks still count.
-    const float shift = new_max == -kInfinity ? 0.0f : new_max;
-    if (!first) {
-      const float shrink = exp(broadcast(maximum - shift))[0];
-      s.sum[r0 + r] *= shrink;
-      scale_row(s.out + (r0 + r) * s.value_ld, shrink, s.value_ld);
-    }
-    maximum = new_max;
-    s.shift[r] = shift;
-    s.lanes[r] = exponentiate_row(s.logits + r * s.key_ld, round_up(in_vectors, kLanes), shift);
+    s.lanes[r] =
+        exponentiate_row(s.logits + r * s.key_ld, round_up(in_vectors, kLanes), s.shift[r]);
   }
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    store(s.lone + r, exp(load(s.lone + r) - load(s.shift + r)));
+  for (int64_t g = 0; g < rows; g += kLanes) {
+    float* sums = s.sum + r0 + g;
+    const VecF lone = exp(load(s.lone + g) - load(s.shift + g));
+    store(s.lone + g, lone);
+    VecF sum = reduce_rows(s.lanes + g, [](VecF a, VecF b) { return a + b; }) + lone;
+    if (!first) sum += load(sums);
+    store_partial(sums, sum, group_size(g));
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    s.sum[r0 + r] = (first ? 0.0f : s.sum[r0 + r]) + reduce_add(s.lanes[r]) + s.lone[r];
-    if (has_lone) {
-      VecF last{};
-      last[0] = s.lone[r];
-      store(s.logits + r * s.key_ld + in_vectors, last);
-    }
+  for (int64_t r = 0; has_lone && r < rows; ++r) {
+    VecF last{};
+    last[0] = s.lone[r];
+    store(s.logits + r * s.key_ld + in_vectors, last);
   }
 }
 
@@ -333,7 +347,7 @@ void forward_block(const WindowAttentionParams& p, ForwardScratch& s, int64_t he
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t query = s.query[r0 + r];
     const T* from = query_at<const T>(p, s.tokens, p.q, head, query);
-    prefetch_next(p, p.q, head, from);
+    prefetch_row(p, from, next_head(p, p.q, head));
     Engine::load_query(p, from, s.queries + r * s.row_ld, s.row_ld);
     if (expands_rows(p)) {
       expand_bias_row(p, head, query, first_key, keys, s.bias + r * s.bias_ld);

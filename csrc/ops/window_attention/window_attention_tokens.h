@@ -160,30 +160,36 @@ FASTBB_INLINE void normalise_row_backward(float* grad, const float* unit, float 
 }
 
 // Rows of a head are short (two cache lines at d = 32 in float32) and far apart, which hardware
-// prefetchers follow badly: asks for the row that the next task will read, that of the next head
-// or of the next window.
+// prefetchers follow badly: asks for the row `ahead` elements further.
 template <class T>
-FASTBB_INLINE void prefetch_next(const WindowAttentionParams& p, const TokenMap& map, int64_t head,
-                                 const T* row) {
-  const T* next =
-      row + (head + 1 < p.heads ? map.head : p.window_w * map.column - (p.heads - 1) * map.head);
+FASTBB_INLINE void prefetch_row(const WindowAttentionParams& p, const T* row, int64_t ahead) {
   for (int64_t c = 0; c < p.head_dim; c += 64 / static_cast<int64_t>(sizeof(T))) {
-    __builtin_prefetch(next + c);
+    __builtin_prefetch(row + ahead + c);
   }
 }
 
+// From a row to the row of the next window.
+inline int64_t next_window(const WindowAttentionParams& p, const TokenMap& map) {
+  return p.window_w * map.column;
+}
+
+// From a row to the row of the next head, or of the next window's first head.
+inline int64_t next_head(const WindowAttentionParams& p, const TokenMap& map, int64_t head) {
+  return head + 1 < p.heads ? map.head : next_window(p, map) - (p.heads - 1) * map.head;
+}
+
 // Keys or values [first, first + n) of one head -> float32 rows [zeros_to, ld]; padding takes `pad`
-// [h, d] (null: zeros), rows from n to zeros_to are zeros.
+// [h, d] (null: zeros), rows from n to zeros_to are zeros. `ahead` is for prefetch_row.
 template <class T>
 void pack_rows(const WindowAttentionParams& p, const Tokens& t, const TokenMap& map,
                const float* pad, int64_t head, int64_t first, int64_t n, int64_t zeros_to,
-               int64_t ld, float* rows) {
+               int64_t ld, int64_t ahead, float* rows) {
   const int64_t d = p.head_dim;
   for (int64_t i = 0; i < n; ++i) {
     float* row = rows + i * ld;
     if (is_real(p, t, first + i)) {
       const T* from = token_at<const T>(p, t, map, head, first + i);
-      prefetch_next(p, map, head, from);
+      prefetch_row(p, from, ahead);
       load_row(from, d, ld, row);
     } else if (pad != nullptr) {
       load_row(pad + head * d, d, ld, row);

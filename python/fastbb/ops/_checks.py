@@ -36,7 +36,7 @@ def check_tensor(op: str, name: str, x: Any, dtypes: Sequence[torch.dtype] | Non
 
 def check_shape(op: str, name: str, x: Tensor, shape: Sequence[int], letters: str) -> None:
     """`x.shape == shape`; `letters` names the dimensions in the message."""
-    if x.dim() != len(shape) or any(a != b for a, b in zip(x.shape, shape, strict=True)):
+    if tuple(x.shape) != tuple(shape):
         fail(op, name, f"must have shape {letters} = {list(shape)}", list(x.shape))
 
 
