@@ -41,6 +41,14 @@ def library(name: str) -> Path:
     return path
 
 
+def cmake() -> str:
+    """The build's cmake: a package of this environment, or the system's."""
+    found = shutil.which("cmake", path=Path(sys.executable).parent) or shutil.which("cmake")
+    if found is None:
+        pytest.skip("cmake is not installed")
+    return found
+
+
 # Instruction sets
 
 
@@ -187,6 +195,23 @@ PROJECT = {
         "optional-dependencies": {"demo": ["timm"], "test": ["fastbb[demo]", "pytest"]},
     },
 }
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("on", "no family has CUDA kernels yet, got 'on'"), ("yes", "auto, on or off, got 'yes'")],
+)
+def test_cuda_requests_that_cannot_be_met_stop_the_build(value: str, message: str) -> None:
+    script = [f"-DFASTBB_CUDA={value}", "-P", str(ROOT / "cmake/Cuda.cmake")]
+    done = subprocess.run([cmake(), *script], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("value", ["auto", "off"])
+def test_cuda_requests_that_can_be_met(value: str) -> None:
+    script = [f"-DFASTBB_CUDA={value}", "-P", str(ROOT / "cmake/Cuda.cmake")]
+    assert subprocess.run([cmake(), *script]).returncode == 0
 
 
 def test_requirements_follow_extras() -> None:
