@@ -228,6 +228,14 @@ def test_checkpoints_of_older_releases_are_converted(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[k], v) for k, v in state.items())
 
 
+def test_checkpoints_of_the_original_gcvit_are_converted(tmp_path: Path) -> None:
+    name = "gcvit_xxtiny"
+    original = fastbb.models.create_model(name)
+    file = _save(tmp_path / "nvlabs.pth", fastbb.models.export_state_dict(original, "nvlabs"))
+    loaded = load_source(name, file).module.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in original.state_dict().items())
+
+
 def test_checkpoints_that_do_not_fit_change_nothing(source, tmp_path: Path) -> None:
     state = dict(source.module.state_dict())
     missing = {k: v for k, v in state.items() if k != "head.fc.bias"}
