@@ -12,7 +12,7 @@ from torch import Tensor
 import fastbb
 from fastbb import testing
 from fastbb.testing import SAMPLES, TOLERANCES, Bounds, assert_close, assert_grad_close
-from fastbb.testing.window_attention import CASES, build
+from fastbb.testing.window_attention import CASES, PACKED, build
 
 BF16 = TOLERANCES["fastbb::window_attention"][torch.bfloat16].forward
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -153,7 +153,7 @@ def test_samples_are_named_seeded_and_differentiable() -> None:
     first = {s.name: s for s in SAMPLES[op]("cpu", torch.float32, requires_grad=True)}
     again = {s.name: s for s in SAMPLES[op]("cpu", torch.float32)}
     other = {s.name: s for s in SAMPLES[op]("cpu", torch.float32, seed=1)}
-    assert list(first) == list(again) == list(CASES)
+    assert list(first) == list(again) == [*CASES, *(f"{name}_packed" for name in PACKED)]
     for name, sample in first.items():
         tensors = [x for x in sample.args if isinstance(x, Tensor)]
         twins = [x for x in again[name].args if isinstance(x, Tensor)]
