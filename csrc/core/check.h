@@ -9,6 +9,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace fastbb {
@@ -29,14 +30,19 @@ inline std::string printed(const std::vector<int64_t>& values) {
 }
 
 template <class T>
-[[noreturn]] void fail(const char* op, const std::string& argument, const std::string& rule,
+[[noreturn]] void fail(std::string_view op, std::string_view argument, std::string_view rule,
                        const T& got) {
-  throw std::runtime_error(std::string(op) + ": " + argument + " " + rule + ", got " +
-                           printed(got));
+  std::string message;
+  for (const std::string_view part : {op, std::string_view(": "), argument, std::string_view(" "),
+                                      rule, std::string_view(", got ")}) {
+    message += part;
+  }
+  throw std::runtime_error(message + printed(got));
 }
 
+// `rule` is text that exists already: a rule that must be put together calls for an if and a fail.
 template <class T>
-void check(bool ok, const char* op, const std::string& argument, const std::string& rule,
+void check(bool ok, std::string_view op, std::string_view argument, std::string_view rule,
            const T& got) {
   if (!ok) fail(op, argument, rule, got);
 }

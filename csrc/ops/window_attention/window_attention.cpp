@@ -27,8 +27,9 @@ Tensor part(const Tensor& packed, int64_t index) {
 }
 
 void check_packed(const char* name, const Tensor& x, int64_t parts) {
-  check(x.dim() >= 4 && x.size(x.dim() - 3) == parts, kOp, name,
-        "must be packed [..., " + std::to_string(parts) + ", h, d]", shape_of(x));
+  if (x.dim() < 4 || x.size(x.dim() - 3) != parts) {
+    fail(kOp, name, "must be packed [..., " + std::to_string(parts) + ", h, d]", shape_of(x));
+  }
 }
 
 Views views_of(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v) {
@@ -72,7 +73,7 @@ PadMode pad_mode_of(const std::string& name) {
 }
 
 void check_shape(const char* name, const Tensor& x, const std::vector<int64_t>& shape) {
-  check(shape_of(x) == shape, kOp, name, "must have shape " + printed(shape), shape_of(x));
+  if (shape_of(x) != shape) fail(kOp, name, "must have shape " + printed(shape), shape_of(x));
 }
 
 void check_cpu(const char* name, const Tensor& x) {

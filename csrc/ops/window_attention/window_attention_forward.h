@@ -3,10 +3,9 @@
 //
 // 1. Pack the K block transposed [d, keys] and the V block [keys, d]; consecutive tasks of the same
 //    head reuse them. At N = 49, d = 32 that is 13 KB and at N = 196 50 KB: L1 and L2.
-// 2. For each block of queries whose logits fit in 64 KB (N = 196: all 49): Q K^T, add bias
-//    and masks, softmax, P V. Each step finishes the block before the next begins, so that latencies
-//    of a row overlap with other rows', and horizontal maxima and sums are taken for kLanes rows at
-//    once.
+// 2. For each block of queries whose logits fit in 64 KB (N = 196: all 49): Q K^T, add bias and
+//    masks, softmax, P V. Each step finishes the block before the next begins, so that latencies of
+//    a row overlap with other rows'; maxima and sums along rows are taken for kLanes rows at once.
 // 3. Problems with more than 2048 keys run over blocks of 512 keys with a running maximum and sum.
 // 4. A window of 49 keys fills three vectors of 16 lanes and one lane of a fourth. Such a lone last
 //    key is kept out of the vectors along the keys: its logits and weights are computed along the
