@@ -16,6 +16,9 @@ export FASTBB_CUDA
 # The lowest torch that a wheel must run on, in an environment of its own.
 ABI_TORCH ?= torch==2.13.0
 ABI_VENV ?= .venv-abi
+# A CUDA compiler for tests, where the system has none, apart from what torch brings along.
+CUDA_TOOLKIT := "nvidia-cuda-nvcc>=13" nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-nvvm
+CUDA_VENV ?= .venv-cuda
 # More arguments for what demo, test and bench run.
 ARGS ?=
 
@@ -75,6 +78,10 @@ bench-results: $(BUILT)  ## measure layers and whole models, rewrite bench/resul
 test-abi: $(BUILT) $(ABI_VENV)/.fastbb/torch  ## one wheel, two torch releases, the same results
 	$(BIN)/python tools/check_stable_abi.py $(BIN)/python $(ABI_VENV)/bin/python
 
+.PHONY: cuda-toolkit
+cuda-toolkit: $(CUDA_VENV)/.fastbb/toolkit  ## install a CUDA compiler; prints where, for NVCC=
+	@ls $(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc
+
 .PHONY: build
 build: $(BUILT)  ## install what is needed and build, nothing more
 
@@ -103,7 +110,7 @@ clean:  ## remove build trees and caches, keep environments
 
 .PHONY: distclean
 distclean: clean  ## clean, and remove the environments made here
-	rm -rf .venv .venv-abi
+	rm -rf .venv .venv-abi .venv-cuda
 
 %/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -133,4 +140,10 @@ $(ABI_VENV)/.fastbb/torch: | $(ABI_VENV)/bin/python
 	@echo ">> installing $(ABI_TORCH) into $(ABI_VENV)"
 	@$(call logged,$(ABI_VENV)/.fastbb/pip.log,$(PIP_LINES),\
 		$(ABI_VENV)/bin/python -m pip install --progress-bar off "$(ABI_TORCH)" numpy)
+	@touch $@
+
+$(CUDA_VENV)/.fastbb/toolkit: | $(CUDA_VENV)/bin/python
+	@echo ">> installing a CUDA compiler into $(CUDA_VENV)"
+	@$(call logged,$(CUDA_VENV)/.fastbb/pip.log,$(PIP_LINES),\
+		$(CUDA_VENV)/bin/python -m pip install --progress-bar off $(CUDA_TOOLKIT))
 	@touch $@
