@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from fastbb.ops import window_attention
 from fastbb.reference.window_attention import window_partition, window_reverse
 from fastbb.testing import TOLERANCES, assert_close
 from fastbb.testing.window_attention import CASES, build, raw_args
-from window_oracle import gather_attention, threads
+from window_oracle import gather_attention, in_float64, threads
 
 TOLERANCE = TOLERANCES["fastbb::window_attention"]
 raw_forward = torch.ops.fastbb.window_attention.default
@@ -24,14 +23,6 @@ raw_forward = torch.ops.fastbb.window_attention.default
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
-
-PADS = ("k_pad", "v_pad")
-
-
-def in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments in float64; pads keep the rounding to k's dtype that defines them."""
-    rounded = {key: x.to(kwargs["k"].dtype) if key in PADS else x for key, x in kwargs.items()}
-    return {key: x.double() if isinstance(x, Tensor) else x for key, x in rounded.items()}
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from fastbb.ops import window_attention
 from fastbb.testing import TOLERANCES, Bounds, assert_close
 from fastbb.testing.window_attention import CASES, build
 from window_attention_ptx import SOURCE, Call, ptxsim
-from window_oracle import gather_attention
+from window_oracle import gather_attention, in_float64
 
 from ptxsim import toolkit  # isort: skip
 
@@ -40,13 +39,6 @@ def ptx(arch: str = "80") -> str:
 @functools.cache
 def module(arch: str = "80") -> ptxsim.Module:
     return ptxsim.load(ptx(arch))
-
-
-def in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments in float64; pads keep the rounding to k's dtype that defines them."""
-    pads = ("k_pad", "v_pad")
-    rounded = {key: x.to(kwargs["k"].dtype) if key in pads else x for key, x in kwargs.items()}
-    return {key: x.double() if isinstance(x, torch.Tensor) else x for key, x in rounded.items()}
 
 
 def check(name: str, dtype: torch.dtype, arch: str = "80", **options: object) -> None:
