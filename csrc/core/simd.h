@@ -115,9 +115,6 @@ FASTBB_INLINE float reduce(VecF v, Op op) {
 FASTBB_INLINE float reduce_add(VecF v) {
   return reduce(v, [](VecF a, VecF b) __attribute__((always_inline)) { return a + b; });
 }
-FASTBB_INLINE float reduce_max(VecF v) {
-  return reduce(v, [](VecF a, VecF b) __attribute__((always_inline)) { return max(a, b); });
-}
 
 // e^x for x <= 88: relative error below 2e-7 + 6e-8 |x|, which the weight e^x of a softmax makes
 // harmless; exactly 1 at 0; results below the smallest normal number may be 0; -inf gives 0, NaN

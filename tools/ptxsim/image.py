@@ -106,7 +106,7 @@ def _variables(unit: Unit, functions: list[Function], space: str) -> list[Variab
     return own + [v for v in unit.variables.values() if v.space == space]
 
 
-def _call_parts(function: Function, unit: Unit, instr: Instr) -> tuple[Function, list, list]:
+def _call_parts(unit: Unit, instr: Instr) -> tuple[Function, list, list]:
     """The callee, and pairs (from, to) of parameter variables before and after the call."""
     at = next(i for i, op in enumerate(instr.ops) if isinstance(op, Sym))
     callee = unit.functions[instr.ops[at].name]  # type: ignore[union-attr]
@@ -118,9 +118,7 @@ def _call_parts(function: Function, unit: Unit, instr: Instr) -> tuple[Function,
         if len(names) != len(actual) or [v.size for v in names] != [v.size for v in formal]:
             raise Unsupported("call with other arguments than the function has")
         pairs[key] = list(zip(names, formal, strict=True))
-    before = [(a, b) for a, b in pairs["before"]]
-    after = [(b, a) for a, b in pairs["after"]]
-    return callee, before, after
+    return callee, pairs["before"], [(inside, actual) for actual, inside in pairs["after"]]
 
 
 def _copier(pairs: list[tuple[Variable, Variable]]) -> Callable[..., None]:
@@ -187,7 +185,7 @@ def _add_function(
                 if kind == SWITCH:
                     step.index = Decoder(instr).read(0, "u32")
             elif kind == CALL:
-                callee, before, after = _call_parts(function, unit, instr)
+                callee, before, after = _call_parts(unit, instr)
                 step.targets = [entries[callee.name]]
                 step.run = _copier(before)
                 receive = Instr("", [], 0, instr.text, instr.source)

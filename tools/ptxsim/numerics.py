@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 TINY = np.float32(2.0**-126)
-NAN32 = np.uint32(0x7FFFFFFF).view(np.float32)
 
 
 def flush(x: np.ndarray) -> np.ndarray:

@@ -59,7 +59,6 @@ _VARIABLE = re.compile(
     r"\.(?P<type>[busf]\d+|bf16)\s+(?P<ptr>(?:\.\w+\s+(?:\d+\s+)?)*)(?P<rest>[\w$%].*)$",
     re.S,
 )
-_MODULE_LINE = re.compile(r"^\s*\.(version\s+[\d.]+|target\s+[\w, ]+|address_size\s+\d+)")
 _DIRECTIVES = {"maxntid", "reqntid", "minnctapersm", "maxnreg", "noreturn", "pragma"}
 
 

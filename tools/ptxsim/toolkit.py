@@ -41,22 +41,6 @@ class Toolkit:
     nvcc: Path
     version: tuple[int, int]
 
-    @property
-    def include(self) -> Path | None:
-        """The folder with cuda_runtime.h, if it lies where toolkits and packages put it."""
-        for folder in (self.nvcc.resolve().parent.parent / "include", _packages() / "include"):
-            if (folder / "cuda_runtime.h").is_file():
-                return folder
-        return None
-
-    def tool(self, name: str) -> Path | None:
-        """Another program of the toolkit, such as cuobjdump, or None."""
-        for folder in (self.nvcc.resolve().parent, _packages() / "bin"):
-            if (folder / name).is_file():
-                return folder / name
-        found = shutil.which(name)
-        return Path(found) if found else None
-
     def compile(
         self, source: Path, arch: str, kind: str = "ptx", flags: tuple[str, ...] = ()
     ) -> Path:
