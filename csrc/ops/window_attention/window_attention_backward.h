@@ -94,7 +94,7 @@ struct BackwardGroup {
 
 template <class T>
 void pack_problem(const WindowAttentionParams& p, BackwardScratch& s, int64_t head) {
-  const int64_t columns = round_up(keys_in_vectors(p.nk), kLanes);
+  const int64_t columns = key_columns(p.nk);
   pack_rows<T>(p, s.tokens, p.k, p.k_pad, head, 0, p.nk, columns, s.ld, next_window(p, p.k),
                s.keys);
   pack_rows<T>(p, s.tokens, p.v, p.v_pad, head, 0, p.nk, columns, s.ld, next_window(p, p.v),
@@ -136,6 +136,7 @@ FASTBB_INLINE void exponentiate_logits(float* weights, const float* dlogits, int
 inline void differentiate_block(const WindowAttentionParams& p, const BackwardScratch& s,
                                 int64_t head, int64_t rows, const float* lse) {
   const int64_t in_vectors = keys_in_vectors(p.nk);
+  const int64_t columns = key_columns(p.nk);
   const bool has_lone = in_vectors < p.nk;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t query = s.query[r];
@@ -162,7 +163,7 @@ inline void differentiate_block(const WindowAttentionParams& p, const BackwardSc
   for (int64_t r = 0; r < rows; ++r) {
     float* weights = s.weights + r * s.key_ld;
     float* dlogits = s.dlogits + r * s.key_ld;
-    for (int64_t j = 0; j < round_up(in_vectors, kLanes); j += kLanes) {
+    for (int64_t j = 0; j < columns; j += kLanes) {
       const VecF w = load(weights + j) * s.normaliser[r];
       store(weights + j, w);
       store(dlogits + j, w * (load(dlogits + j) - s.delta[r]));
@@ -217,7 +218,7 @@ void backward_block(const WindowAttentionParams& p, BackwardScratch& s, const Ba
 
   // P and dS
   const int64_t in_vectors = keys_in_vectors(p.nk);
-  const int64_t key_vecs = round_up(in_vectors, kLanes) / kLanes;
+  const int64_t key_vecs = key_columns(p.nk) / kLanes;
   const int64_t vecs = s.ld / kLanes;
   multiply<DotF32>(
       rows, key_vecs,
@@ -237,7 +238,7 @@ void backward_block(const WindowAttentionParams& p, BackwardScratch& s, const Ba
   multiply<DotF32>(p.nk, vecs,
                    {rows, s.dlogits, 1, s.key_ld, s.queries, s.ld, s.dkeys, s.ld, true});
   multiply<DotF32>(rows, vecs, {p.nk, s.dlogits, s.key_ld, 1, s.keys, s.ld, s.dq, s.ld, false});
-  const float scale = p.scale_per_head != nullptr ? p.scale_per_head[group.head] : p.scale;
+  const float scale = scale_of(p, group.head);
   for (int64_t r = 0; r < rows; ++r) {
     float* dq = s.dq + r * s.ld;
     const float* query = s.queries + r * s.ld;
@@ -260,7 +261,7 @@ void finish_keys(const WindowAttentionParams& p, const WindowAttentionPlan& plan
   const int64_t d = p.head_dim;
   const int64_t windows = p.full ? 1 : int64_t{p.windows_y} * p.windows_x;
   const int64_t problem = s.tokens.image * windows + s.tokens.window;
-  const float scale = p.scale_per_head != nullptr ? p.scale_per_head[group.head] : p.scale;
+  const float scale = scale_of(p, group.head);
   float* partial = nullptr;
   if (plan.q_splits > 1) {
     partial = g.partial_dkv +

@@ -30,6 +30,8 @@ namespace {
 constexpr int64_t keys_in_vectors(int64_t keys) {
   return keys > kLanes && keys % kLanes == 1 ? keys - 1 : keys;
 }
+// The same, in whole vectors: columns of K^T that are filled.
+constexpr int64_t key_columns(int64_t keys) { return round_up(keys_in_vectors(keys), kLanes); }
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -66,7 +68,7 @@ struct Fp32Engine {
 
   static void pack_keys(const WindowAttentionParams& p, ForwardScratch& s, int64_t head,
                         int64_t first, int64_t n) {
-    const int64_t columns = round_up(keys_in_vectors(n), kLanes);
+    const int64_t columns = key_columns(n);
     pack_rows<T>(p, s.tokens, p.k, p.k_pad, head, first, n, columns, s.row_ld,
                  next_head(p, p.k, head), s.rows);
     if (p.qk_l2norm) {
@@ -140,7 +142,7 @@ struct Bf16Engine {
   static void pack_keys(const WindowAttentionParams& p, ForwardScratch& s, int64_t head,
                         int64_t first, int64_t n) {
     pack(p, s, p.k, p.k_pad, head, first, n);
-    const int64_t columns = round_up(keys_in_vectors(n), kLanes);
+    const int64_t columns = key_columns(n);
     transpose_rows(s.rows, columns, s.row_ld, s.row_ld, s.keys_t, s.key_ld);
   }
   // Pairs run along the keys: lane c of pair row i holds values 2i and 2i+1 of channel c.
@@ -222,7 +224,7 @@ inline LogitTerms logit_terms(const WindowAttentionParams& p, const Tokens& t, i
                               int64_t query, int64_t first_key, const float* expanded_bias) {
   const int64_t mask_index = p.full ? t.image : t.window;
   LogitTerms terms;
-  terms.scale = p.scale_per_head != nullptr ? p.scale_per_head[head] : p.scale;
+  terms.scale = scale_of(p, head);
   terms.bias = expanded_bias;
   if (p.bias != nullptr) terms.bias = p.bias + (head * p.nq + query) * p.bias_ld + first_key;
   terms.mask = nullptr;
@@ -320,8 +322,7 @@ inline void softmax_block(const WindowAttentionParams& p, const ForwardScratch& 
   const auto group_size = [rows](int64_t g) { return static_cast<int>(smaller(kLanes, rows - g)); };
   for (int64_t g = 0; g < rows; g += kLanes) update_maxima(s, r0, g, group_size(g), first);
   for (int64_t r = 0; r < rows; ++r) {
-    s.lanes[r] =
-        exponentiate_row(s.logits + r * s.key_ld, round_up(in_vectors, kLanes), s.shift[r]);
+    s.lanes[r] = exponentiate_row(s.logits + r * s.key_ld, key_columns(keys), s.shift[r]);
   }
   for (int64_t g = 0; g < rows; g += kLanes) {
     float* sums = s.sum + r0 + g;
@@ -354,7 +355,7 @@ void forward_block(const WindowAttentionParams& p, ForwardScratch& s, int64_t he
     }
   }
   const int64_t in_vectors = keys_in_vectors(keys);
-  multiply<Dot>(rows, round_up(in_vectors, kLanes) / kLanes,
+  multiply<Dot>(rows, key_columns(keys) / kLanes,
                 {Engine::query_inner(p.head_dim), s.queries, s.row_ld, 1, s.keys_t, s.key_ld,
                  s.logits, s.key_ld, false});
   if (in_vectors < keys) multiply_lone_key<Dot>(s, rows);

@@ -242,6 +242,10 @@ inline void collapse_bias_row(const WindowAttentionParams& p, int64_t query, con
   }
 }
 
+inline float scale_of(const WindowAttentionParams& p, int64_t head) {
+  return p.scale_per_head != nullptr ? p.scale_per_head[head] : p.scale;
+}
+
 struct LogitTerms {
   float scale;
   const float* bias;  // of this query, from the first key of the block; may be null
