@@ -3,17 +3,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-
-import ptxsim  # noqa: E402
+import ptxsim
 
 HEADER = ".version 8.5\n.target sm_90\n.address_size 64\n"
 _REGISTERS = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}

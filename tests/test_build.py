@@ -5,7 +5,6 @@ library needs torch's stable ABI only. Every check is also shown to fail.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import platform
 import re
@@ -16,12 +15,11 @@ from pathlib import Path
 
 import pytest
 
+import check_baseline_objects as checker
 import fastbb
+from requirements import requirements
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-checker = importlib.import_module("check_baseline_objects")
-requirements = importlib.import_module("requirements").requirements
 
 needs_x86 = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"),

@@ -6,7 +6,6 @@ every layer includes only what it may, every source file is short and clean.
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import re
 import sys
@@ -16,11 +15,10 @@ import pytest
 import torch
 
 import fastbb
+import inventory
 from fastbb.testing import SAMPLES, TOLERANCES
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-inventory = importlib.import_module("inventory")
 
 FAMILIES = inventory.families()
 OPERATORS = [f"fastbb::{name}" for each in FAMILIES for name in each.operators]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+import ptxsim
 
-import ptxsim  # noqa: E402
-
-SOURCE = ROOT / "tests" / "cuda" / "window_attention.cu"
+SOURCE = Path(__file__).resolve().parent / "cuda" / "window_attention.cu"
 QUERIES = KEYS = 64  # of a block and of a stage
 THREADS = 128
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
