@@ -11,8 +11,10 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
+# CUDA kernels: on, off, or auto where there is a toolkit; for which compute capabilities (80;90).
 FASTBB_CUDA ?= auto
-export FASTBB_CUDA
+FASTBB_CUDA_ARCHS ?=
+export FASTBB_CUDA FASTBB_CUDA_ARCHS
 # The lowest torch that a wheel must run on, in an environment of its own.
 ABI_TORCH ?= torch==2.13.0
 ABI_VENV ?= .venv-abi
@@ -26,7 +28,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.fastbb
 DEPS := $(STAMPS)/demo.txt
 # One environment may serve several checkouts in turn; the stamp names the one it holds.
-BUILT := $(STAMPS)/built$(subst /,-,$(CURDIR))-$(FASTBB_CUDA)
+BUILT := $(STAMPS)/built$(subst /,-,$(CURDIR))-$(FASTBB_CUDA)-$(subst ;,-,$(FASTBB_CUDA_ARCHS))
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CMAKE_FILES := CMakeLists.txt $(wildcard cmake/*.cmake)
 

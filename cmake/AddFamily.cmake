@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # fastbb_add_family(<stem>): one operator family from csrc/ops/<stem>/.
 #
-#   <stem>.cpp       host code (torch) -> _ops
-#   <stem>_plan.cpp  launch plan, baseline code -> fastbb_kernels
-#   <stem>_cpu.cpp   kernels, compiled once per instruction-set level -> fastbb_kernels
+#   <stem>.cpp            host code (torch) -> _ops
+#   <stem>_plan.cpp       launch plan, baseline code -> fastbb_kernels
+#   <stem>_cpu.cpp        kernels, compiled once per instruction-set level -> fastbb_kernels
+#   <stem>_cuda_plan.cpp  how CUDA kernels are launched, in every build -> fastbb_kernels
+#   <stem>_cuda*.cu       CUDA kernels and their launches -> fastbb_cuda, where that is built
 #
 # Each copy of the kernel file is its own object library fastbb_<stem>_<level>, is told its level
 # by FASTBB_ISA_<LEVEL>, and keeps everything but its table in an anonymous namespace: inline
@@ -24,7 +26,12 @@ set(FASTBB_ISA_FLAGS_avx512_bf16
 function(fastbb_add_family stem)
   set(dir csrc/ops/${stem})
   target_sources(_ops PRIVATE ${dir}/${stem}.cpp)
-  target_sources(fastbb_core PRIVATE ${dir}/${stem}_plan.cpp)
+  file(GLOB plans CONFIGURE_DEPENDS ${dir}/${stem}_plan.cpp ${dir}/${stem}_cuda_plan.cpp)
+  target_sources(fastbb_core PRIVATE ${plans})
+  if(FASTBB_NVCC)
+    file(GLOB kernels CONFIGURE_DEPENDS ${dir}/${stem}_cuda*.cu)
+    target_sources(fastbb_cuda PRIVATE ${kernels})
+  endif()
   foreach(level IN LISTS FASTBB_ISA_LEVELS)
     set(object fastbb_${stem}_${level})
     string(TOUPPER ${level} LEVEL)

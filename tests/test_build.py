@@ -195,23 +195,6 @@ PROJECT = {
 }
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [("on", "no family has CUDA kernels yet, got 'on'"), ("yes", "auto, on or off, got 'yes'")],
-)
-def test_cuda_requests_that_cannot_be_met_stop_the_build(value: str, message: str) -> None:
-    script = [f"-DFASTBB_CUDA={value}", "-P", str(ROOT / "cmake/Cuda.cmake")]
-    done = subprocess.run([cmake(), *script], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert message in " ".join(done.stderr.split())
-
-
-@pytest.mark.parametrize("value", ["auto", "off"])
-def test_cuda_requests_that_can_be_met(value: str) -> None:
-    script = [f"-DFASTBB_CUDA={value}", "-P", str(ROOT / "cmake/Cuda.cmake")]
-    assert subprocess.run([cmake(), *script]).returncode == 0
-
-
 def test_requirements_follow_extras() -> None:
     lines = requirements(PROJECT, ["test"])
     assert lines == ["backend>=1", "torch>=2", "cmake>=3.25", "ninja", "numpy", "pytest", "timm"]

@@ -65,6 +65,10 @@ def test_a_begun_family_is_named(tmp_path: Path) -> None:
     assert "CMakeLists.txt: fastbb_add_family(foo)" in each.lacking
     assert "csrc/ops/foo/foo.cpp" not in each.lacking
     assert set(each.lacking) >= {"csrc/ops/foo/foo_cpu.cpp", "tests/test_foo.py"}
+    assert not each.cuda and "tests/test_foo_ptx.py" not in each.lacking
+    (tmp_path / "csrc/ops/foo/foo_cuda_forward.cu").touch()
+    (each,) = inventory.families(tmp_path)
+    assert each.cuda and {"csrc/ops/foo/foo_cuda.h", "tests/test_foo_ptx.py"} <= set(each.lacking)
 
 
 def test_tables_list_no_unknown_operator() -> None:

@@ -32,7 +32,14 @@ REQUIRED = (
     "tests/test_{stem}.py",
     "bench/bench_{stem}.py",
 )
-CUDA_KERNEL = "csrc/ops/{stem}/{stem}_cuda.cu"
+CUDA_KERNELS = "csrc/ops/{stem}/{stem}_cuda*.cu"
+# And of one that has CUDA kernels.
+REQUIRED_WITH_CUDA = (
+    "csrc/ops/{stem}/{stem}_cuda.h",
+    "csrc/ops/{stem}/{stem}_cuda.cuh",
+    "csrc/ops/{stem}/{stem}_cuda_plan.cpp",
+    "tests/test_{stem}_ptx.py",
+)
 BUILD_LINE = re.compile(r"^fastbb_add_family\((\w+)", re.MULTILINE)
 
 # Files that a family has a reason not to have.
@@ -60,7 +67,7 @@ class Family:
         operators: names in its schemas, without the namespace.
         lacking: required files and build lines that do not exist.
         stale: files that exist although an exception says that they do not.
-        cuda: whether it has a CUDA kernel.
+        cuda: whether it has CUDA kernels.
     """
 
     stem: str
@@ -79,7 +86,9 @@ def schemas(source: str) -> list[str]:
 def family(stem: str, root: Path = ROOT) -> Family:
     """Reads one family from the tree below `root`."""
     excused = EXCEPTIONS.get(stem, {})
-    paths = [pattern.format(stem=stem) for pattern in REQUIRED]
+    cuda = any(root.glob(CUDA_KERNELS.format(stem=stem)))
+    patterns = (*REQUIRED, *REQUIRED_WITH_CUDA) if cuda else REQUIRED
+    paths = [pattern.format(stem=stem) for pattern in patterns]
     lacking = [path for path in paths if path not in excused and not (root / path).is_file()]
     cmake = root / "CMakeLists.txt"
     if not cmake.is_file() or stem not in BUILD_LINE.findall(cmake.read_text("utf-8")):
@@ -93,7 +102,7 @@ def family(stem: str, root: Path = ROOT) -> Family:
         operators=tuple(schema.split("(", 1)[0] for schema in found),
         lacking=tuple(lacking),
         stale=tuple(path for path in excused if (root / path).is_file()),
-        cuda=(root / CUDA_KERNEL.format(stem=stem)).is_file(),
+        cuda=cuda,
     )
 
 
@@ -127,7 +136,7 @@ def families_table() -> str:
         dtypes = sorted(
             {str(dtype).removeprefix("torch.") for name in names for dtype in TOLERANCES[name]}
         )
-        cuda = "kernel in the tree" if each.cuda else "CPU only"
+        cuda = "compute capability 8.0 and later" if each.cuda else "CPU only"
         rows.append(
             [each.stem, ", ".join(f"`{name}`" for name in names), levels, cuda, ", ".join(dtypes)]
         )

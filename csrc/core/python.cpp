@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "ops/null/null_cuda.h"
 #include "ops/window_attention/window_attention.h"
 
 namespace py = pybind11;
@@ -30,15 +31,51 @@ void set_isa(const std::string& name) {
   throw py::value_error("set_isa: level must be available on this machine, got " + name);
 }
 
+// What CUDA kernels were built for, or false.
+py::object cuda_build() {
+#ifdef FASTBB_CUDA_TOOLKIT
+  py::dict info;
+  info["toolkit"] = FASTBB_CUDA_TOOLKIT;
+  info["sm"] = std::vector<int>{FASTBB_CUDA_SM};
+  info["ptx"] = FASTBB_CUDA_PTX;
+  return info;
+#else
+  return py::bool_(false);
+#endif
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = FASTBB_VERSION;
   info["torch_built_with"] = FASTBB_TORCH_BUILD_VERSION;
   info["compiler"] = FASTBB_COMPILER;
-  info["cuda"] = false;
+  info["cuda"] = cuda_build();
   info["isa"] = fastbb::isa_name(fastbb::isa());
   info["isa_levels"] = isa_levels();
   return info;
+}
+
+py::dict launch_of(const fastbb::CudaLaunch& launch) {
+  py::dict result;
+  result["grid"] = launch.grid;
+  result["block"] = launch.block;
+  result["shared_bytes"] = launch.shared_bytes;
+  return result;
+}
+
+py::dict null_cuda_plan(int64_t element_bytes, uintptr_t x, int64_t x_row, uintptr_t out,
+                        int64_t rows, int64_t columns) {
+  const auto dtype = element_bytes == 4 ? fastbb::Dtype::kFloat32 : fastbb::Dtype::kFloat16;
+  const fastbb::NullParams p{
+      dtype, reinterpret_cast<const void*>(x), x_row, reinterpret_cast<void*>(out), rows, columns};
+  const auto plan = fastbb::null_cuda_plan(p);
+  py::dict result;
+  result["launch"] = launch_of(plan.launch);
+  result["unit_bytes"] = plan.unit_bytes;
+  result["units"] = plan.units;
+  result["lanes"] = plan.lanes;
+  result["chunks"] = plan.chunks;
+  return result;
 }
 
 py::dict window_attention_plan(int64_t batch, int64_t heads, int64_t head_dim, int64_t nq,
@@ -73,6 +110,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return fastbb::isa_name(fastbb::isa()); }, "Level in force.");
   m.def("isa_levels", &isa_levels, "Levels of this build that this machine runs, weakest first.");
   m.def("set_isa", &set_isa, py::arg("level"), "Process-wide level of the CPU kernels.");
+  m.def("null_cuda_plan", &null_cuda_plan, py::kw_only(), py::arg("element_bytes"), py::arg("x"),
+        py::arg("x_row"), py::arg("out"), py::arg("rows"), py::arg("columns"),
+        "How the CUDA kernel of null is launched; x and out are addresses.");
   m.def("window_attention_plan", &window_attention_plan, py::kw_only(), py::arg("batch"),
         py::arg("heads"), py::arg("head_dim"), py::arg("nq"), py::arg("nk"),
         py::arg("windows_y") = 1, py::arg("windows_x") = 1, py::arg("q_shared") = false,

@@ -2,6 +2,7 @@
 // The only file that includes torch: its stable ABI. Host code uses the names defined here.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -60,6 +61,28 @@ inline Tensor new_float32(const Tensor& like, const std::vector<int64_t>& shape)
 
 inline Tensor new_float32_zeros(const Tensor& like, const std::vector<int64_t>& shape) {
   return torch::stable::new_zeros(like, shape, ScalarType::Float);
+}
+
+// Which device the memory of a call is on. The dispatcher looks at some arguments only, and
+// operators can be called past it.
+enum class Backend { kCpu, kCuda };
+
+inline void check_backend(const char* op, const char* argument, const Tensor& x, Backend backend) {
+  const bool cuda = backend == Backend::kCuda;
+  check(cuda ? x.is_cuda() : x.is_cpu(), op, argument,
+        cuda ? "must be a CUDA tensor" : "must be a CPU tensor", "another device");
+}
+
+// Calls `launch(stream)` with x's device current and torch's current stream on it. What it
+// returns is the text of an error, or nullptr.
+template <class Launch>
+void launch_on_device_of(const char* op, const Tensor& x, const Launch& launch) {
+  const auto device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const auto stream = torch::stable::accelerator::getCurrentStream(device);
+  if (const char* problem = launch(stream.nativeHandle())) {
+    throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + problem);
+  }
 }
 
 inline float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }

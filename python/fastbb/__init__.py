@@ -26,7 +26,9 @@ __version__ = str(_C.build_info()["version"])
 
 
 def build_info() -> dict[str, object]:
-    """Version, torch and compiler of the build, CUDA or not, instruction-set levels."""
+    """Version, torch and compiler of the build, instruction-set levels, and under `"cuda"` the
+    toolkit and architectures of the CUDA kernels, or False.
+    """
     return dict(_C.build_info())
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds a CUDA toolkit and compiles with it: from $NVCC, from PATH, or from the packages that
 `pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-nvvm` puts
-next to the running Python.
+next to the running Python, or `make cuda-toolkit` into .venv-cuda.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Toolkit:
             str(self.nvcc),
             mode,
             f"-arch={prefix}{arch}",
-            "-std=c++17",
+            "-std=c++20",
             "-lineinfo",
             f"-I{INCLUDE}",
             *flags,
@@ -108,7 +108,9 @@ def _candidates() -> list[tuple[str, Path]]:
     on_path = shutil.which("nvcc")
     if on_path:
         found.append(("PATH", Path(on_path)))
-    return [*found, ("the Python packages", _packages() / "bin" / "nvcc")]
+    found.append(("the Python packages", _packages() / "bin" / "nvcc"))
+    own = (ROOT / ".venv-cuda").glob("lib/python3*/site-packages/nvidia/cu*/bin/nvcc")
+    return [*found, *((".venv-cuda", path) for path in own)]
 
 
 @lru_cache(maxsize=1)

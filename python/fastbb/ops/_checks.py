@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastbb import config
+from fastbb.ops._cuda import cuda_reasons
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,11 +92,13 @@ def use_kernel(op: str, impl: str, reasons: list[str]) -> bool:
     return impl == "fused" or (impl == "auto" and config.fused_enabled() and not reasons)
 
 
-def kernel_reasons(x: Tensor) -> list[str]:
+def kernel_reasons(op: str, x: Tensor) -> list[str]:
     """Reasons against a kernel that every operator shares: device and dtype."""
     reasons = []
-    if x.device.type != "cpu":
-        reasons.append(f"device {x.device.type} has no kernel in this build")
+    if x.device.type == "cuda":
+        reasons += cuda_reasons(op, x.device.index)
+    elif x.device.type != "cpu":
+        reasons.append(f"device {x.device.type} has no kernel")
     if x.dtype not in FLOAT_DTYPES:
         reasons.append(f"dtype {x.dtype} is not one of {[str(t) for t in FLOAT_DTYPES]}")
     return reasons

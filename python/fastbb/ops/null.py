@@ -44,7 +44,7 @@ def null(x: Tensor, *, impl: Literal["auto", "fused", "reference"] = "auto") -> 
 
 def can_run(x: Tensor) -> list[str]:
     """Reasons why the kernel cannot serve this (valid) tensor; empty when it can."""
-    return kernel_reasons(x)
+    return kernel_reasons(OP, x)
 
 
 @torch.library.register_fake("fastbb::null")

@@ -158,7 +158,7 @@ def window_attention(
 
 def can_run(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     """Reasons why the fused kernel cannot serve these (valid) tensors; empty when it can."""
-    reasons = kernel_reasons(q)
+    reasons = kernel_reasons(OP, q)
     if k.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head dim {k.shape[-1]} is above {MAX_HEAD_DIM}")
     return reasons
