@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the CUDA kernel of window attention, as PTX, on the arguments of `fastbb.ops`."""
+"""Runs the CUDA kernels of window attention, as PTX, on the arguments of `fastbb.ops`, with the
+launches of the C++ plan.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,13 @@ import torch
 from torch import Tensor
 
 import ptxsim
+from fastbb import _C
 
-SOURCE = Path(__file__).resolve().parent / "cuda" / "window_attention.cu"
-QUERIES = KEYS = 64  # of a block and of a stage
-THREADS = 128
+FOLDER = Path(__file__).resolve().parent.parent / "csrc" / "ops" / "window_attention"
+SOURCES = {
+    kind: FOLDER / f"window_attention_cuda_{kind}.cu" for kind in ("f16", "bf16", "f32", "tf32")
+}
+MATHS = {"f16": "HalfMath", "bf16": "Bf16Math", "f32": "FloatMath", "tf32": "Tf32Math"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PAD_MODES = {"none": 0, "pad_then_roll": 1, "roll_then_pad": 2}
 
@@ -29,7 +34,7 @@ class TokenMap(ctypes.Structure):
 
 
 class Params(ctypes.Structure):
-    """`WindowAttentionParams`; the test's source asserts its size and some offsets."""
+    """`WindowAttentionParams`; the plan refuses another size."""
 
     _fields_ = [
         ("dtype", _INT),
@@ -54,11 +59,9 @@ class Params(ctypes.Structure):
         ("scale_per_head", _POINTER),
         ("scale", ctypes.c_float),
         ("qk_l2norm", ctypes.c_bool),
+        ("tf32", ctypes.c_bool),
         ("gradients", ctypes.c_byte * 240),
     ]
-
-
-assert ctypes.sizeof(Params) == 576
 
 
 def _bits(x: Tensor) -> np.ndarray:
@@ -69,10 +72,11 @@ def _bits(x: Tensor) -> np.ndarray:
 class Call:
     """One launch: parameters, global memory, and what comes out."""
 
-    def __init__(self, kwargs: dict[str, Any]) -> None:
+    def __init__(self, kwargs: dict[str, Any], tf32: bool = False, many_blocks: int = 2048) -> None:
         self.arena = ptxsim.Arena()
         self.q, self.k, v = (kwargs[name].contiguous() for name in ("q", "k", "v"))
         p = self.params = Params()
+        p.tf32 = tf32
         p.dtype, p.batch = DTYPES[self.k.dtype], self.k.shape[0]
         p.heads, p.head_dim = self.k.shape[-2:]
         p.full = self.k.dim() == 4
@@ -87,6 +91,7 @@ class Call:
         lse = np.empty((p.batch, p.windows_y * p.windows_x, p.heads, p.nq), np.float32)
         p.lse = self.arena.add(lse, "out")
         self._add_sides(kwargs)
+        self.plan = _C.window_attention_cuda_plan(bytes(p), many_blocks)
 
     def _describe_windows(self, kwargs: dict[str, Any]) -> None:
         p = self.params
@@ -110,10 +115,8 @@ class Call:
     def _add_sides(self, kwargs: dict[str, Any]) -> None:
         p = self.params
         mask, scale = kwargs.get("mask"), kwargs.get("scale")
-        self.table_bytes = 0
         if "bias_table" in kwargs:
-            table = kwargs["bias_table"].float().t().flip(1)
-            p.table, self.table_bytes = self._floats(table), table.shape[1] * 4
+            p.table = self._floats(kwargs["bias_table"])
         if "bias" in kwargs:
             p.bias, p.bias_ld = self._floats(kwargs["bias"]), p.nk
         if isinstance(mask, Tensor):
@@ -128,33 +131,30 @@ class Call:
             p.scale_per_head = self._floats(scale.flatten())
         p.qk_l2norm = kwargs["qk_l2norm"]
 
-    def kernel(self, names: list[str]) -> tuple[str, int]:
-        """The instantiation for these arguments, and its padded head dim."""
-        dim = next(n for n in (32, 64, 128) if n >= self.params.head_dim)
-        math = "HalfMath" if self.k.dtype == torch.float16 else "Bf16Math"
-        aligned = self.params.head_dim % 8 == 0
-        (name,) = (n for n in names if f"{math}ELi{dim}ELb{aligned:d}E" in n)
-        return name, dim
+    @property
+    def kind(self) -> str:
+        """Which of SOURCES has the kernel."""
+        names = {torch.float16: "f16", torch.bfloat16: "bf16"}
+        return names.get(self.k.dtype, "tf32" if self.params.tf32 else "f32")
 
     def run(self, module: ptxsim.Module, **options: Any) -> ptxsim.Result:
-        """Launches; raises what ptxsim finds."""
-        p = self.params
-        name, dim = self.kernel(module.kernels)
-        q_blocks = -(-p.nq // QUERIES)
-        rows = (QUERIES + 4 * KEYS) * (dim + 8) * 2
+        """Launches as the package does; raises what ptxsim finds."""
+        plan, launch = self.plan, self.plan["forward"]
+        wanted = f"{MATHS[self.kind]}ELi{plan['dim']}ELi{plan['pack']}E"
+        (name,) = (each for each in module.kernels if wanted in each)
         return module.launch(
             name,
-            grid=p.batch * p.windows_y * p.windows_x * p.heads * q_blocks,
-            block=THREADS,
-            args=[p, np.int64(q_blocks)],
-            dynamic_shared=rows + (QUERIES + 2 * KEYS) * 4 + self.table_bytes,
+            grid=launch["grid"],
+            block=launch["block"],
+            args=[self.params, plan["bytes"]],
+            dynamic_shared=launch["shared_bytes"],
             arena=self.arena,
             **options,
         )
 
     def result(self) -> Tensor:
-        bits = np.ascontiguousarray(self.arena.get(self.params.out.data)).view(np.int16)
-        return torch.from_numpy(bits).view(self.out.dtype).reshape(self.out.shape)
+        bits = torch.from_numpy(np.array(self.arena.get(self.params.out.data)))
+        return bits.view(self.out.dtype).reshape(self.out.shape)
 
     def lse(self) -> Tensor:
         return torch.from_numpy(np.array(self.arena.get(self.params.lse)))

@@ -3,12 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
 #include "core/isa.h"
 #include "ops/null/null_cuda.h"
-#include "ops/window_attention/window_attention.h"
+#include "ops/window_attention/window_attention_cuda.h"
 
 namespace py = pybind11;
 
@@ -102,6 +103,31 @@ py::dict window_attention_plan(int64_t batch, int64_t heads, int64_t head_dim, i
   return result;
 }
 
+// Parameters and plan as kernels get them, for whoever launches one without the package's launcher.
+py::dict window_attention_cuda_plan(const std::string& params, int64_t many_blocks) {
+  fastbb::WindowAttentionParams p;
+  if (params.size() != sizeof(p)) {
+    throw py::value_error("window_attention_cuda_plan: params must have " +
+                          std::to_string(sizeof(p)) + " bytes, got " +
+                          std::to_string(params.size()));
+  }
+  if (many_blocks < 1) {
+    throw py::value_error("window_attention_cuda_plan: many_blocks must be positive, got " +
+                          std::to_string(many_blocks));
+  }
+  std::memcpy(&p, params.data(), sizeof(p));
+  const auto plan = fastbb::window_attention_cuda_plan(p, many_blocks);
+  py::dict result;
+  result["bytes"] = py::bytes(reinterpret_cast<const char*>(&plan), sizeof(plan));
+  result["dim"] = plan.dim;
+  result["pack"] = plan.pack;
+  result["walk"] = plan.walk;
+  result["aligned"] = plan.aligned;
+  result["table_shared"] = plan.table_shared;
+  result["forward"] = launch_of(plan.forward);
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -118,4 +144,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("windows_y") = 1, py::arg("windows_x") = 1, py::arg("q_shared") = false,
         py::arg("dense_bias_gradient") = false,
         "How window_attention cuts its work; depends on sizes only.");
+  m.def("window_attention_cuda_plan", &window_attention_cuda_plan, py::arg("params"),
+        py::arg("many_blocks") = fastbb::kWindowCudaManyBlocks,
+        "How the CUDA kernels of window_attention are launched; params: the C++ struct.");
 }

@@ -66,6 +66,7 @@ struct WindowAttentionParams {
   const float* scale_per_head;  // [h] or null
   float scale;
   bool qk_l2norm;
+  bool tf32;  // CUDA, float32: products rounded to tf32
 
   WindowAttentionGradients grad;
 };

@@ -1,0 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/window_attention/window_attention_cuda_launch.cuh"
+
+template const char* fastbb::cuda::launch_forward<fastbb::cuda::Bf16Math>(
+    const fastbb::WindowAttentionParams&, const fastbb::WindowAttentionCudaPlan&, void*);
