@@ -9,7 +9,6 @@ import ctypes
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -132,7 +131,7 @@ def test_library_needs_neither_driver_nor_toolkit_nor_torch() -> None:
 def test_operators_are_registered_where_kernels_were_built() -> None:
     assert "null" in OPERATORS
     for name in OPERATORS:
-        assert _cuda.has_kernel(name) == bool(BUILT), name
+        assert _cuda.has_kernel(name) == (bool(BUILT) and name != "window_attention_backward"), name
 
 
 def launcher() -> ctypes._CFuncPtr:
@@ -177,7 +176,7 @@ def test_launch_without_a_driver_is_an_error(shared: int) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [name for name in OPERATORS if _cuda.has_kernel(name)])
 def test_cuda_code_refuses_other_tensors(name: str) -> None:
     """Called past the dispatcher, as autograd and compiled code may."""
     from fastbb.testing import SAMPLES
@@ -212,20 +211,7 @@ def test_capabilities(
     assert found == reason if reason is None else reason in str(found)
 
 
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A build with kernels and an A100, as far as Python is asked."""
-    _cuda._cuda_reasons.cache_clear()
-    built = {"toolkit": "13.0", "sm": [80], "ptx": 80}
-    monkeypatch.setattr(_cuda._C, "build_info", lambda: {"cuda": built})
-    monkeypatch.setattr(_cuda, "has_kernel", lambda op: True)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(_cuda, "capability_of", lambda index: (8, 0))
-    yield monkeypatch
-    _cuda._cuda_reasons.cache_clear()
-
-
-def test_no_reason_against_a_device_with_kernels(machine: pytest.MonkeyPatch) -> None:
+def test_no_reason_against_a_device_with_kernels(cuda_machine: pytest.MonkeyPatch) -> None:
     assert _cuda.cuda_reasons("null", 0) == []
 
 
@@ -240,9 +226,9 @@ def test_no_reason_against_a_device_with_kernels(machine: pytest.MonkeyPatch) ->
     ],
 )
 def test_forced_kernel_says_why_not(
-    machine: pytest.MonkeyPatch, where: object, name: str, value: object, reason: str
+    cuda_machine: pytest.MonkeyPatch, where: object, name: str, value: object, reason: str
 ) -> None:
-    machine.setattr(where, name, value)
+    cuda_machine.setattr(where, name, value)
     with FakeTensorMode():
         x = torch.empty(2, 3, device="cuda")
         with pytest.raises(NotImplementedError, match=f"null: no fused kernel .*{reason}"):
@@ -250,10 +236,10 @@ def test_forced_kernel_says_why_not(
 
 
 @pytest.mark.parametrize("served", [True, False])
-def test_choice_is_traced_as_a_constant(machine: pytest.MonkeyPatch, served: bool) -> None:
+def test_choice_is_traced_as_a_constant(cuda_machine: pytest.MonkeyPatch, served: bool) -> None:
     """With fullgraph, since torch.export allows no break."""
     if not served:
-        machine.setattr(_cuda, "capability_of", lambda index: None)
+        cuda_machine.setattr(_cuda, "capability_of", lambda index: None)
 
     class Module(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

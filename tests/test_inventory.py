@@ -65,10 +65,14 @@ def test_a_begun_family_is_named(tmp_path: Path) -> None:
     assert "CMakeLists.txt: fastbb_add_family(foo)" in each.lacking
     assert "csrc/ops/foo/foo.cpp" not in each.lacking
     assert set(each.lacking) >= {"csrc/ops/foo/foo_cpu.cpp", "tests/test_foo.py"}
-    assert not each.cuda and "tests/test_foo_ptx.py" not in each.lacking
+    assert each.cuda == () and "tests/test_foo_ptx.py" not in each.lacking
     (tmp_path / "csrc/ops/foo/foo_cuda_forward.cu").touch()
     (each,) = inventory.families(tmp_path)
-    assert each.cuda and {"csrc/ops/foo/foo_cuda.h", "tests/test_foo_ptx.py"} <= set(each.lacking)
+    assert {"csrc/ops/foo/foo_cuda.h", "tests/test_foo_ptx.py"} <= set(each.lacking)
+    with (tmp_path / "csrc/ops/foo/foo.cpp").open("a") as source:
+        source.write('STABLE_TORCH_LIBRARY_IMPL(fastbb, CUDA, m) { m.impl("foo", TORCH_BOX(&f)); }')
+    (each,) = inventory.families(tmp_path)
+    assert each.cuda == ("foo",)
 
 
 def test_tables_list_no_unknown_operator() -> None:

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "core/torch_api.h"
+#include "ops/window_attention/window_attention_cuda.h"
 
 namespace fastbb {
 namespace {
@@ -51,11 +52,13 @@ struct Inputs {
   const std::string& pad_mode;
   const std::optional<double>& swin_mask_value;
   double scale;
-  bool qk_l2norm;
+  bool qk_l2norm, tf32;
 };
 
-// Parameters, and the float32 copies that its pointers lead to.
+// Parameters, and the float32 copies that its pointers lead to. All tensors are where `like` is.
 struct Call {
+  const Tensor& like;
+  Backend backend;
   WindowAttentionParams params{};
   std::vector<Tensor> keep;
 
@@ -76,14 +79,16 @@ void check_shape(const char* name, const Tensor& x, const std::vector<int64_t>& 
   if (shape_of(x) != shape) fail(kOp, name, "must have shape " + printed(shape), shape_of(x));
 }
 
-void check_cpu(const char* name, const Tensor& x) {
-  check(x.is_cpu(), kOp, name, "must be a CPU tensor", "another device");
+void check_device(const char* name, const Tensor& x, const Tensor& like) {
+  check_backend(kOp, name, x, like.is_cpu() ? Backend::kCpu : Backend::kCuda);
+  check(x.is_cpu() || x.get_device_index() == like.get_device_index(), kOp, name,
+        "must be on k's device", x.get_device_index());
 }
 
 // A tensor that kernels address through strides.
 void check_main(const char* name, const Tensor& x, const Tensor& like,
                 const std::vector<int64_t>& shape) {
-  check_cpu(name, x);
+  check_device(name, x, like);
   check_shape(name, x, shape);
   check(x.scalar_type() == like.scalar_type(), kOp, name, "must have k's dtype", "another dtype");
   check(shape.back() == 1 || x.numel() == 0 || x.stride(x.dim() - 1) == 1, kOp, name,
@@ -102,8 +107,9 @@ TokenMap token_map(const Tensor& x) {
   return map;
 }
 
-void check_side(const char* name, const Tensor& x, const std::vector<int64_t>& shape) {
-  check_cpu(name, x);
+void check_side(const Call& call, const char* name, const Tensor& x,
+                const std::vector<int64_t>& shape) {
+  check_device(name, x, call.like);
   check_floating(kOp, name, x);
   check_shape(name, x, shape);
 }
@@ -111,25 +117,25 @@ void check_side(const char* name, const Tensor& x, const std::vector<int64_t>& s
 const float* side(Call& call, const char* name, const OptionalTensor& x,
                   const std::vector<int64_t>& shape) {
   if (!x) return nullptr;
-  check_side(name, *x, shape);
+  check_side(call, name, *x, shape);
   return call.hold(as_float32(*x));
 }
 
 // Key or value of a padded token: rounded as a computed one would be.
-const float* pad(Call& call, const char* name, const OptionalTensor& x, const Tensor& like,
-                 int64_t channels) {
+const float* pad(Call& call, const char* name, const OptionalTensor& x, int64_t channels) {
   if (!x) return nullptr;
-  check_side(name, *x, {channels});
-  return call.hold(as_float32(torch::stable::to(*x, like.scalar_type())));
+  check_side(call, name, *x, {channels});
+  return call.hold(as_float32(torch::stable::to(*x, call.like.scalar_type())));
 }
 
-// [(2wh-1)(2ww-1), h] -> [h, rows] with rows reversed: see expand_bias_row.
-const float* flipped_table(Call& call, const OptionalTensor& table) {
+// [(2wh-1)(2ww-1), h], for CPU kernels -> [h, rows] with rows reversed: see expand_bias_row.
+const float* table_of(Call& call, const OptionalTensor& table) {
   if (!table) return nullptr;
   const WindowAttentionParams& p = call.params;
   const int64_t rows = int64_t{2 * p.window_h - 1} * (2 * p.window_w - 1);
-  check_side("bias_table", *table, {rows, p.heads});
+  check_side(call, "bias_table", *table, {rows, p.heads});
   const Tensor source = as_float32(*table);
+  if (call.backend == Backend::kCuda) return call.hold(source);
   const Tensor flipped = new_float32(source, {p.heads, rows});
   const float* from = floats(source);
   float* to = floats(flipped);
@@ -189,10 +195,10 @@ void describe_windows(const Inputs& in, WindowAttentionParams& p) {
 }
 
 // Checks everything that memory safety rests on and fills all but results and gradients.
-Call describe(const Inputs& in) {
-  Call call;
+Call describe(const Inputs& in, Backend backend) {
+  check_backend(kOp, "k", in.k, backend);
+  Call call{in.k, backend};
   WindowAttentionParams& p = call.params;
-  check_cpu("k", in.k);
   const auto k_shape = shape_of(in.k);
   check(k_shape.size() == 4 || k_shape.size() == 5, kOp, "k",
         "must be [B, H, W, h, d] or [B, Nk, h, d]", k_shape);
@@ -214,7 +220,7 @@ Call describe(const Inputs& in) {
   p.q = token_map(in.q);
   p.k = token_map(in.k);
   p.v = token_map(in.v);
-  p.table = flipped_table(call, in.bias_table);
+  p.table = table_of(call, in.bias_table);
   p.bias = side(call, "bias", in.bias, {heads, p.nq, p.nk});
   p.bias_ld = p.nk;
   check(p.table == nullptr || p.bias == nullptr, kOp, "bias", "must not come with bias_table",
@@ -224,13 +230,14 @@ Call describe(const Inputs& in) {
     check(p.mask_count >= 1, kOp, "mask", "must be [nM, Nq, Nk]", shape_of(*in.mask));
     p.mask = side(call, "mask", in.mask, {p.mask_count, p.nq, p.nk});
   }
-  p.k_pad = pad(call, "k_pad", in.k_pad, in.k, heads * head_dim);
-  p.v_pad = pad(call, "v_pad", in.v_pad, in.k, heads * head_dim);
+  p.k_pad = pad(call, "k_pad", in.k_pad, heads * head_dim);
+  p.v_pad = pad(call, "v_pad", in.v_pad, heads * head_dim);
   p.scale_per_head = side(call, "scale_per_head", in.scale_per_head, {heads});
   p.scale = static_cast<float>(in.scale);
   p.swin_mask = in.swin_mask_value.has_value();
   p.swin_mask_value = static_cast<float>(in.swin_mask_value.value_or(0.0));
   p.qk_l2norm = in.qk_l2norm;
+  p.tf32 = in.tf32;
   return call;
 }
 
@@ -258,6 +265,44 @@ int64_t grain_of(int64_t flops_per_task) {
   return flops_per_task >= kFlops ? 1 : kFlops / (flops_per_task + 1) + 1;
 }
 
+// The results of the forward pass, to which p points.
+std::tuple<Tensor, Tensor> allocate_results(const Inputs& in, WindowAttentionParams& p) {
+  const Tensor out = torch::stable::new_empty(in.q, out_shape(in, p));
+  const Tensor lse = new_float32(in.q, lse_shape(p));
+  p.out = token_map(out);
+  p.lse = floats(lse);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> forward_cpu(const Inputs& in) {
+  Call call = describe(in, Backend::kCpu);
+  WindowAttentionParams& p = call.params;
+  const auto results = allocate_results(in, p);
+  const auto plan = window_attention_plan(p, false);
+  expand_bias(call, plan, in.q);
+  const auto& kernels = window_attention_kernels();
+  const int64_t flops = 4 * plan.q_block_rows * p.nk * p.head_dim;
+  torch::stable::parallel_for(
+      0, plan.forward_tasks, grain_of(flops),
+      [&](int64_t begin, int64_t end) { kernels.forward(p, plan, begin, end); });
+  return results;
+}
+
+#ifdef FASTBB_WITH_CUDA
+std::tuple<Tensor, Tensor> forward_cuda(const Inputs& in) {
+  Call call = describe(in, Backend::kCuda);
+  WindowAttentionParams& p = call.params;
+  const auto results = allocate_results(in, p);
+  const auto plan = window_attention_cuda_plan(p);
+  if (plan.forward.grid == 0) return results;
+  launch_on_device_of(kOp, in.k,
+                      [&](void* stream) { return window_attention_forward_cuda(p, plan, stream); });
+  return results;
+}
+#endif
+
+// What the dispatcher calls, for either device.
+template <auto kRun>
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const OptionalTensor& k,
                                    const OptionalTensor& v, const OptionalTensor& bias_table,
                                    const OptionalTensor& bias, const OptionalTensor& mask,
@@ -266,25 +311,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const OptionalTensor& k,
                                    const std::vector<int64_t>& window,
                                    const std::vector<int64_t>& shift, const std::string& pad_mode,
                                    const std::optional<double>& swin_mask_value, double scale,
-                                   bool qk_l2norm) {
+                                   bool qk_l2norm, bool tf32) {
   const Views views = views_of(q, k, v);
-  const Inputs in{views.q, views.k,        views.v,         bias_table, bias,
-                  mask,    scale_per_head, k_pad,           v_pad,      window,
-                  shift,   pad_mode,       swin_mask_value, scale,      qk_l2norm};
-  Call call = describe(in);
-  WindowAttentionParams& p = call.params;
-  const Tensor out = torch::stable::new_empty(q, out_shape(in, p));
-  const Tensor lse = new_float32(q, lse_shape(p));
-  p.out = token_map(out);
-  p.lse = floats(lse);
-  const auto plan = window_attention_plan(p, false);
-  expand_bias(call, plan, q);
-  const auto& kernels = window_attention_kernels();
-  const int64_t flops = 4 * plan.q_block_rows * p.nk * p.head_dim;
-  torch::stable::parallel_for(
-      0, plan.forward_tasks, grain_of(flops),
-      [&](int64_t begin, int64_t end) { kernels.forward(p, plan, begin, end); });
-  return {out, lse};
+  return kRun({views.q, views.k, views.v, bias_table, bias, mask, scale_per_head, k_pad, v_pad,
+               window, shift, pad_mode, swin_mask_value, scale, qk_l2norm, tf32});
 }
 
 // A side gradient and, when asked for, its pointer; not asked for: an empty tensor.
@@ -301,17 +331,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     const OptionalTensor& mask, const OptionalTensor& scale_per_head, const OptionalTensor& k_pad,
     const OptionalTensor& v_pad, const std::vector<int64_t>& window,
     const std::vector<int64_t>& shift, const std::string& pad_mode,
-    const std::optional<double>& swin_mask_value, double scale, bool qk_l2norm,
+    const std::optional<double>& swin_mask_value, double scale, bool qk_l2norm, bool tf32,
     const std::vector<bool>& need_side) {
   const Views views = views_of(q, k, v);
-  const Inputs in{views.q, views.k,        views.v,         bias_table, bias,
-                  mask,    scale_per_head, k_pad,           v_pad,      window,
-                  shift,   pad_mode,       swin_mask_value, scale,      qk_l2norm};
-  Call call = describe(in);
+  const Inputs in{views.q,         views.k, views.v,   bias_table, bias,  mask,
+                  scale_per_head,  k_pad,   v_pad,     window,     shift, pad_mode,
+                  swin_mask_value, scale,   qk_l2norm, tf32};
+  Call call = describe(in, Backend::kCpu);
   WindowAttentionParams& p = call.params;
   WindowAttentionGradients& g = p.grad;
   check_main("grad_out", grad_out, in.k, out_shape(in, p));
-  check_cpu("lse", lse);
+  check_device("lse", lse, in.k);
   check_shape("lse", lse, lse_shape(p));
   check(lse.scalar_type() == ScalarType::Float && lse.is_contiguous(), kOp, "lse",
         "must be contiguous float32", "another layout");
@@ -376,18 +406,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbb, m) {
   m.def(
       "window_attention(Tensor q, Tensor? k, Tensor? v, Tensor? bias_table, Tensor? bias, "
       "Tensor? mask, Tensor? scale_per_head, Tensor? k_pad, Tensor? v_pad, int[] window, "
-      "int[] shift, str pad_mode, float? swin_mask_value, float scale, bool qk_l2norm) "
+      "int[] shift, str pad_mode, float? swin_mask_value, float scale, bool qk_l2norm, "
+      "bool tf32) "
       "-> (Tensor out, Tensor lse)");
   m.def(
       "window_attention_backward(Tensor grad_out, Tensor q, Tensor? k, Tensor? v, Tensor lse, "
       "Tensor? bias_table, Tensor? bias, Tensor? mask, Tensor? scale_per_head, "
       "Tensor? k_pad, Tensor? v_pad, int[] window, int[] shift, str pad_mode, "
-      "float? swin_mask_value, float scale, bool qk_l2norm, bool[] need_side) "
+      "float? swin_mask_value, float scale, bool qk_l2norm, bool tf32, bool[] need_side) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias_table, Tensor dbias, Tensor dscale, "
       "Tensor dk_pad, Tensor dv_pad)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbb, CPU, m) {
-  m.impl("window_attention", TORCH_BOX(&fastbb::forward));
+  m.impl("window_attention", TORCH_BOX(&fastbb::forward<fastbb::forward_cpu>));
   m.impl("window_attention_backward", TORCH_BOX(&fastbb::backward));
 }
+
+#ifdef FASTBB_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastbb, CUDA, m) {
+  m.impl("window_attention", TORCH_BOX(&fastbb::forward<fastbb::forward_cuda>));
+}
+#endif

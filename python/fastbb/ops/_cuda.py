@@ -57,3 +57,9 @@ def capability_reason(capability: tuple[int, int], sm: Sequence[int], ptx: int) 
     if own >= ptx or any(each // 10 == major and each <= own for each in sm):
         return None
     return f"compute capability {major}.{minor} has no code in this build, which has sm {list(sm)}"
+
+
+@torch.compiler.assume_constant_result
+def tf32_allowed() -> bool:
+    """Whether torch's own float32 products may round to tf32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

@@ -24,6 +24,7 @@ from fastbb.ops._checks import (
     pair,
     use_kernel,
 )
+from fastbb.ops._cuda import tf32_allowed
 
 OP = "window_attention"
 PAD_MODES = ("none", "pad_then_roll", "roll_then_pad")
@@ -120,7 +121,8 @@ def window_attention(
     check_float(OP, "mask_value", mask_value)
     check_bool(OP, "qk_l2norm", qk_l2norm)
     _check(q, k, v, size, offset, pad_mode, k_pad, v_pad, bias_table, bias, dense_mask, swin, scale)
-    if use_kernel(OP, impl, can_run(q, k, v)):
+    sides = (k_pad, v_pad, bias_table, bias, scale)
+    if use_kernel(OP, impl, can_run(q, k, v, *sides)):
         scale_tensor = scale.flatten() if isinstance(scale, Tensor) else None
         factor = scale if isinstance(scale, (int, float)) else k.shape[-1] ** -0.5
         return torch.ops.fastbb.window_attention.default(
@@ -137,6 +139,7 @@ def window_attention(
             float(mask_value) if swin else None,
             float(factor),
             qk_l2norm,
+            k.is_cuda and k.dtype == torch.float32 and tf32_allowed(),
         )[0]
     return reference.window_attention(
         q,
@@ -156,9 +159,15 @@ def window_attention(
     )
 
 
-def can_run(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
-    """Reasons why the fused kernel cannot serve these (valid) tensors; empty when it can."""
+def can_run(q: Tensor, k: Tensor, v: Tensor, *sides: Any) -> list[str]:
+    """Reasons why the fused kernel cannot serve these (valid) tensors; empty when it can.
+
+    `sides` are further arguments that may ask for gradients.
+    """
     reasons = kernel_reasons(OP, q)
+    given = (x for x in (q, k, v, *sides) if isinstance(x, Tensor))
+    if k.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        reasons.append("gradients have no CUDA kernel")
     if k.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head dim {k.shape[-1]} is above {MAX_HEAD_DIM}")
     return reasons
@@ -383,11 +392,11 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, window, shift, pad_mode, swin_mask_value, scale, qk_l2norm = inputs
+    *tensors, window, shift, pad_mode, swin_mask_value, scale, qk_l2norm, tf32 = inputs
     _, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(*tensors[:3], lse, *tensors[3:])
-    ctx.settings = (window, shift, pad_mode, swin_mask_value, scale, qk_l2norm)
+    ctx.settings = (window, shift, pad_mode, swin_mask_value, scale, qk_l2norm, tf32)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:

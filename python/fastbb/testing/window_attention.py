@@ -419,6 +419,7 @@ def raw_args(kwargs: dict[str, Any]) -> tuple[Any, ...]:
         kwargs.get("mask_value", -100.0) if isinstance(mask, str) else None,
         float(scale) if isinstance(scale, float) else kwargs["q"].shape[-1] ** -0.5,
         kwargs["qk_l2norm"],
+        False,  # tf32
     )
 
 
