@@ -84,6 +84,10 @@ test-abi: $(BUILT) $(ABI_VENV)/.fastbb/torch  ## one wheel, two torch releases, 
 cuda-toolkit: $(CUDA_VENV)/.fastbb/toolkit  ## install a CUDA compiler; prints where, for NVCC=
 	@ls $(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc
 
+.PHONY: cuda-budgets
+cuda-budgets: $(BUILT) $(STAMPS)/test.txt  ## rewrite what CUDA kernels may use (tests/cuda_budgets.json)
+	FASTBB_REWRITE_BUDGETS=1 $(BIN)/python -m pytest -q tests/test_cuda_budgets.py
+
 .PHONY: build
 build: $(BUILT)  ## install what is needed and build, nothing more
 

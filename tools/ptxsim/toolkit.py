@@ -78,8 +78,13 @@ class Toolkit:
         )
         if done.returncode:
             raise CompileError(f"{source.name} for {arch}:\n{done.stdout}{done.stderr}")
+        target.with_suffix(".log").write_text(done.stdout + done.stderr)
         partial.replace(target)
         return target
+
+    def messages(self, target: Path) -> str:
+        """What nvcc printed when it wrote a result of `compile`."""
+        return target.with_suffix(".log").read_text()
 
     def _key(self, source: Path, command: list[str]) -> str:
         """A hash of the compiler, the arguments, the source and every header it could include."""
@@ -115,7 +120,11 @@ def _candidates() -> list[tuple[str, Path]]:
 
 @lru_cache(maxsize=1)
 def find() -> tuple[Toolkit | None, str]:
-    """The first toolkit that is new enough, or None; in words, where it is or why there is none."""
+    """The first toolkit that is new enough, or None; in words, where it is or why there is none.
+
+    Raises:
+        RuntimeError: there is none, and FASTBB_REQUIRE_CUDA_TOOLKIT is 1.
+    """
     reasons = []
     for where, nvcc in _candidates():
         if not nvcc.is_file():
@@ -131,4 +140,6 @@ def find() -> tuple[Toolkit | None, str]:
             reasons.append(f"nvcc in {where} is {match[0]}, older than {LOWEST[0]}.{LOWEST[1]}")
             continue
         return Toolkit(nvcc, version), f"{match[0]} from {where}"
+    if os.environ.get("FASTBB_REQUIRE_CUDA_TOOLKIT") == "1":
+        raise RuntimeError(f"a CUDA toolkit is required: {'; '.join(reasons)}")
     return None, "; ".join(reasons)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registers and blocks per multiprocessor of the CUDA kernels that are built, against a checked-in
+file. `make cuda-budgets` rewrites it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from fastbb import _C
+from ptxsim import toolkit
+from window_attention_ptx import SOURCES, Params
+
+BUDGETS = Path(__file__).resolve().parent / "cuda_budgets.json"
+REWRITE = os.environ.get("FASTBB_REWRITE_BUDGETS") == "1"
+# Another release of ptxas moves a register or two, so the file names the one that it is of.
+SLACK = 2
+TOOLKIT, WHERE = toolkit.find()
+pytestmark = [
+    pytest.mark.skipif(TOOLKIT is None, reason=f"no CUDA toolkit: {WHERE}"),
+    pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt (binutils)"),
+]
+# bf16 and tf32 differ from these by a conversion.
+KINDS = ("f16", "f32")
+MATHS = {"HalfMath": 2, "FloatMath": 0}  # -> dtype of the parameters
+STRICT = ("-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror")
+
+
+class Device(NamedTuple):
+    """Limits of a multiprocessor (CUDA programming guide, compute capabilities)."""
+
+    threads: int
+    shared: int
+
+
+KB = 1024
+DEVICES = {
+    "80": Device(2048, 164 * KB),
+    "86": Device(1536, 100 * KB),
+    "89": Device(1536, 100 * KB),
+    "90": Device(2048, 228 * KB),
+    "100": Device(2048, 228 * KB),
+    "120": Device(1536, 100 * KB),
+}
+REGISTERS = 64 * KB  # of each
+RESERVED = KB  # shared memory of a block that the system takes
+
+
+def blocks_of(device: Device, registers: int, threads: int, shared: int) -> int:
+    """Blocks that a multiprocessor holds at a time.
+
+    A warp gets registers in units of 256, and each of four schedulers has a quarter of them.
+    """
+    of_warp = math.ceil(registers * 32 / 256) * 256
+    warps = REGISTERS // 4 // of_warp * 4
+    by_registers = warps // (threads // 32)
+    by_shared = device.shared // (math.ceil(shared / 128) * 128 + RESERVED)
+    return min(by_registers, by_shared, device.threads // threads)
+
+
+@functools.cache
+def registers(kind: str, arch: str) -> dict[str, int]:
+    """Registers by kernel; compiling fails where one spills or uses local memory."""
+    assert TOOLKIT is not None
+    log = TOOLKIT.messages(TOOLKIT.compile(SOURCES[kind], arch, "cubin", STRICT))
+    found = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
+    names = subprocess.run(
+        ["c++filt", *(name for name, _ in found)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    short = [re.sub(r"fastbb::cuda::|^void |\(.*", "", name) for name in names]
+    return {name: int(count) for name, (_, count) in zip(short, found, strict=True)}
+
+
+def launch_of(kernel: str) -> dict[str, int]:
+    """The plan's launch of `window_attention_forward<math, dim, pack>` for windows of 7 x 7, or as
+    many tokens as fit side by side.
+    """
+    match = re.fullmatch(r"window_attention_forward<(\w+), (\d+), (\d+)>", kernel)
+    assert match is not None, kernel
+    side = {1: 7, 2: 5, 4: 4}[int(match[3])]
+    p = Params(dtype=MATHS[match[1]], batch=1, heads=1, head_dim=int(match[2]), table=256)
+    p.map_h = p.map_w = p.window_h = p.window_w = side
+    p.nq = p.nk = side**2
+    p.windows_y = p.windows_x = 1
+    plan = _C.window_attention_cuda_plan(bytes(p))
+    assert (plan["dim"], plan["pack"]) == (int(match[2]), int(match[3]))
+    return plan["forward"]
+
+
+def measured(kind: str, arch: str) -> dict[str, dict[str, int]]:
+    found = {}
+    for kernel, count in registers(kind, arch).items():
+        launch = launch_of(kernel)
+        blocks = blocks_of(DEVICES[arch], count, launch["block"], launch["shared_bytes"])
+        found[kernel] = {"registers": count, "blocks": blocks}
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", DEVICES)
+def test_no_spills_and_within_budget(arch: str, kind: str) -> None:
+    found = measured(kind, arch)
+    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
+    if REWRITE:
+        budgets.setdefault(arch, {}).update(found)
+        BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
+        return
+    assert found, "no kernel"
+    for kernel, now in found.items():
+        budget = budgets[arch][kernel]
+        assert now["registers"] <= budget["registers"] + SLACK, kernel
+        assert now["blocks"] >= budget["blocks"], kernel
+
+
+def test_budgets_name_only_kernels_that_exist() -> None:
+    kernels = {name for kind in KINDS for name in registers(kind, "80")}
+    budgets = json.loads(BUDGETS.read_text())
+    assert list(budgets) == sorted(DEVICES)
+    for arch in budgets:
+        assert set(budgets[arch]) == kernels
+
+
+def test_blocks_of_known_kernels() -> None:
+    """By registers, by shared memory, by threads."""
+    assert blocks_of(DEVICES["80"], 128, 128, 0) == 4
+    assert blocks_of(DEVICES["80"], 129, 128, 0) == 3
+    assert blocks_of(DEVICES["86"], 32, 128, 48 * KB) == 2
+    assert blocks_of(DEVICES["80"], 32, 128, 40 * KB) == 4
+    assert blocks_of(DEVICES["86"], 32, 128, 0) == 12
+    assert blocks_of(DEVICES["90"], 32, 1024, 0) == 2
