@@ -60,7 +60,7 @@ struct Call {
   const Tensor& like;
   Backend backend;
   WindowAttentionParams params{};
-  std::vector<Tensor> keep;
+  std::vector<Tensor> keep{};
 
   const float* hold(const Tensor& x) {
     keep.push_back(x);
