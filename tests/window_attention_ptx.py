@@ -17,11 +17,19 @@ import ptxsim
 from fastbb import _C
 
 FOLDER = Path(__file__).resolve().parent.parent / "csrc" / "ops" / "window_attention"
-SOURCES = {
-    kind: FOLDER / f"window_attention_cuda_{kind}.cu" for kind in ("f16", "bf16", "f32", "tf32")
-}
+KINDS = ("f16", "bf16", "f32", "tf32")
+SOURCES = {kind: FOLDER / f"window_attention_cuda_{kind}.cu" for kind in KINDS}
+BACKWARD_SOURCES = {kind: FOLDER / f"window_attention_cuda_backward_{kind}.cu" for kind in KINDS}
+SUMS_SOURCE = FOLDER / "window_attention_cuda_backward.cu"
 MATHS = {"f16": "HalfMath", "bf16": "Bf16Math", "f32": "FloatMath", "tf32": "Tf32Math"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SIDE_FIELDS = {
+    "bias_table": "dtable",
+    "bias": "dbias",
+    "scale": "dscale",
+    "k_pad": "dk_pad",
+    "v_pad": "dv_pad",
+}
 PAD_MODES = {"none": 0, "pad_then_roll": 1, "roll_then_pad": 2}
 
 _POINTER, _LONG, _INT = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int32
@@ -31,6 +39,18 @@ class TokenMap(ctypes.Structure):
     """`TokenMap` of window_attention.h."""
 
     _fields_ = [("data", _POINTER)] + [(x, _LONG) for x in ("image", "row", "column", "head")]
+
+
+class Gradients(ctypes.Structure):
+    """`WindowAttentionGradients`."""
+
+    _fields_ = [
+        *((name, TokenMap) for name in ("grad_out", "dq", "dk", "dv")),
+        ("partial_table", _POINTER),
+        ("dbias", _POINTER),
+        *((f"partial_{name}", _POINTER) for name in ("scale", "pads", "dq", "dkv")),
+        *((name, _POINTER) for name in ("dtable", "dscale", "dk_pad", "dv_pad")),
+    ]
 
 
 class Params(ctypes.Structure):
@@ -60,7 +80,7 @@ class Params(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("qk_l2norm", ctypes.c_bool),
         ("tf32", ctypes.c_bool),
-        ("gradients", ctypes.c_byte * 240),
+        ("grad", Gradients),
     ]
 
 
@@ -69,10 +89,10 @@ def _bits(x: Tensor) -> np.ndarray:
     return (x if x.dtype == torch.float32 else x.view(torch.int16)).numpy()
 
 
-class Call:
-    """One launch: parameters, global memory, and what comes out."""
+class Arguments:
+    """Parameters of a call, and the global memory that they lead to; results are left out."""
 
-    def __init__(self, kwargs: dict[str, Any], tf32: bool = False, many_blocks: int = 2048) -> None:
+    def __init__(self, kwargs: dict[str, Any], tf32: bool = False) -> None:
         self.arena = ptxsim.Arena()
         self.q, self.k, v = (kwargs[name].contiguous() for name in ("q", "k", "v"))
         p = self.params = Params()
@@ -85,13 +105,8 @@ class Call:
             p.windows_y = p.windows_x = 1
         else:
             self._describe_windows(kwargs)
-        self.out = torch.empty(self.q.shape if p.full else self.k.shape, dtype=self.k.dtype)
         p.q, p.k, p.v = (self._map(x) for x in (self.q, self.k, v))
-        p.out = self._map(self.out, "out")
-        lse = np.empty((p.batch, p.windows_y * p.windows_x, p.heads, p.nq), np.float32)
-        p.lse = self.arena.add(lse, "out")
         self._add_sides(kwargs)
-        self.plan = _C.window_attention_cuda_plan(bytes(p), many_blocks)
 
     def _describe_windows(self, kwargs: dict[str, Any]) -> None:
         p = self.params
@@ -137,24 +152,101 @@ class Call:
         names = {torch.float16: "f16", torch.bfloat16: "bf16"}
         return names.get(self.k.dtype, "tf32" if self.params.tf32 else "f32")
 
-    def run(self, module: ptxsim.Module, **options: Any) -> ptxsim.Result:
-        """Launches as the package does; raises what ptxsim finds."""
-        plan, launch = self.plan, self.plan["forward"]
-        wanted = f"{MATHS[self.kind]}ELi{plan['dim']}ELi{plan['pack']}E"
-        (name,) = (each for each in module.kernels if wanted in each)
+    def _read(self, address: int, like: Tensor) -> Tensor:
+        """A result in the arena, with the dtype of `like`."""
+        assert self.arena.written(address).all(), "not all written"
+        bits = torch.from_numpy(np.array(self.arena.get(address)))
+        return bits.view(like.dtype).reshape(like.shape)
+
+    def _launch(
+        self, module: ptxsim.Module, name: str, launch: dict[str, int], *args: Any, **options: Any
+    ) -> ptxsim.Result:
+        """Runs the kernel whose mangled name contains `name`."""
+        (kernel,) = (each for each in module.kernels if name in each)
         return module.launch(
-            name,
+            kernel,
             grid=launch["grid"],
             block=launch["block"],
-            args=[self.params, plan["bytes"]],
+            args=[self.params, *args],
             dynamic_shared=launch["shared_bytes"],
             arena=self.arena,
             **options,
         )
 
+
+class Call(Arguments):
+    """A forward pass."""
+
+    def __init__(self, kwargs: dict[str, Any], tf32: bool = False, many_blocks: int = 2048) -> None:
+        super().__init__(kwargs, tf32)
+        p = self.params
+        self.out = torch.empty(self.q.shape if p.full else self.k.shape, dtype=self.k.dtype)
+        p.out = self._map(self.out, "out")
+        lse = np.empty((p.batch, p.windows_y * p.windows_x, p.heads, p.nq), np.float32)
+        p.lse = self.arena.add(lse, "out")
+        self.plan = _C.window_attention_cuda_plan(bytes(p), many_blocks)
+
+    def run(self, module: ptxsim.Module, **options: Any) -> ptxsim.Result:
+        """Launches as the package does; raises what ptxsim finds."""
+        plan = self.plan
+        name = f"{MATHS[self.kind]}ELi{plan['dim']}ELi{plan['pack']}E"
+        return self._launch(module, name, plan["forward"], plan["bytes"], **options)
+
     def result(self) -> Tensor:
-        bits = torch.from_numpy(np.array(self.arena.get(self.params.out.data)))
-        return bits.view(self.out.dtype).reshape(self.out.shape)
+        return self._read(self.params.out.data, self.out)
 
     def lse(self) -> Tensor:
         return torch.from_numpy(np.array(self.arena.get(self.params.lse)))
+
+
+class BackwardCall(Arguments):
+    """A backward pass: all gradients that the arguments ask for by requires_grad."""
+
+    def __init__(
+        self,
+        kwargs: dict[str, Any],
+        grad_out: Tensor,
+        lse: Tensor,
+        tf32: bool = False,
+        many_blocks: int = 1024,
+    ) -> None:
+        super().__init__({k: x.detach() if isinstance(x, Tensor) else x for k, x in kwargs.items()})
+        p, g = self.params, self.params.grad
+        p.tf32 = tf32
+        p.lse = self._floats(lse)
+        g.grad_out = self._map(grad_out.contiguous())
+        self.main = {"q": self.q, "k": self.k, "v": self.k}
+        for name, x in self.main.items():
+            setattr(g, f"d{name}", self._map(torch.empty_like(x), "out"))
+        wanted = {k: x for k, x in kwargs.items() if isinstance(x, Tensor) and x.requires_grad}
+        self.sides = {name: x.float() for name, x in wanted.items() if name not in self.main}
+        for name, x in self.sides.items():
+            setattr(g, SIDE_FIELDS[name], self.arena.add(np.empty(x.shape, np.float32), "out"))
+        self.plan = _C.window_attention_cuda_backward_plan(bytes(p), many_blocks)
+        self.workspace = self.arena.add(np.empty(self.plan["workspace"], np.float32), "out")
+
+    def run(self, module: ptxsim.Module, sums: ptxsim.Module, **options: Any) -> None:
+        """Launches as the package does; raises what ptxsim finds."""
+        plan, math = self.plan, MATHS[self.kind]
+        space = np.uint64(self.workspace)
+        size = f"{math}ELi{plan['dim']}E"
+        if not plan["one_kernel"]:
+            name = f"backward_queriesINS0_{len(math)}{size}"
+            self._launch(module, name, plan["queries"], plan["bytes"], space, **options)
+        name = f"{size}Li{plan['pack']}ELb{plan['one_kernel']:d}E"
+        self._launch(module, name, plan["keys"], plan["bytes"], space, **options)
+        element = {"f16": "6__half", "bf16": "13__nv_bfloat16"}.get(self.kind, "f")
+        for which, launch in enumerate(plan["sums"]):
+            name = f"window_attention_sumI{element}E"
+            self._launch(sums, name, launch, plan["bytes"], space, np.int32(which), **options)
+        if plan["collapse"]["grid"]:
+            dense = np.uint64(self.workspace + 4 * plan["dense_bias"])
+            self._launch(sums, "collapse", plan["collapse"], dense, **options)
+
+    def results(self) -> dict[str, Tensor]:
+        """Gradients by argument."""
+        g = self.params.grad
+        found = {name: self._read(getattr(g, f"d{name}").data, x) for name, x in self.main.items()}
+        for name, x in self.sides.items():
+            found[name] = self._read(getattr(g, SIDE_FIELDS[name]), x)
+        return found

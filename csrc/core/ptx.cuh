@@ -117,6 +117,14 @@ __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
   return y;
 }
 
+__device__ __forceinline__ float2 unpack_f16x2(uint32_t x) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&x));
+}
+
+__device__ __forceinline__ float2 unpack_bf16x2(uint32_t x) {
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+}
+
 // Reductions over kLanes consecutive lanes (a power of two); every lane of the warp takes part and
 // gets the result of its own group. 4 lanes hold a row of an accumulator, 32 are the warp.
 

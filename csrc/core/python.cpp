@@ -103,8 +103,9 @@ py::dict window_attention_plan(int64_t batch, int64_t heads, int64_t head_dim, i
   return result;
 }
 
-// Parameters and plan as kernels get them, for whoever launches one without the package's launcher.
-py::dict window_attention_cuda_plan(const std::string& params, int64_t many_blocks) {
+// Parameters as kernels get them, for whoever launches one without the package's launcher.
+fastbb::WindowAttentionParams window_attention_params(const std::string& params,
+                                                      int64_t many_blocks) {
   fastbb::WindowAttentionParams p;
   if (params.size() != sizeof(p)) {
     throw py::value_error("window_attention_cuda_plan: params must have " +
@@ -116,7 +117,12 @@ py::dict window_attention_cuda_plan(const std::string& params, int64_t many_bloc
                           std::to_string(many_blocks));
   }
   std::memcpy(&p, params.data(), sizeof(p));
-  const auto plan = fastbb::window_attention_cuda_plan(p, many_blocks);
+  return p;
+}
+
+// What plans have in common, and the plan as kernels get it.
+template <class Plan>
+py::dict plan_of(const Plan& plan) {
   py::dict result;
   result["bytes"] = py::bytes(reinterpret_cast<const char*>(&plan), sizeof(plan));
   result["dim"] = plan.dim;
@@ -124,7 +130,31 @@ py::dict window_attention_cuda_plan(const std::string& params, int64_t many_bloc
   result["walk"] = plan.walk;
   result["aligned"] = plan.aligned;
   result["table_shared"] = plan.table_shared;
+  return result;
+}
+
+py::dict window_attention_cuda_plan(const std::string& params, int64_t many_blocks) {
+  const auto p = window_attention_params(params, many_blocks);
+  const auto plan = fastbb::window_attention_cuda_plan(p, many_blocks);
+  py::dict result = plan_of(plan);
   result["forward"] = launch_of(plan.forward);
+  return result;
+}
+
+py::dict window_attention_cuda_backward_plan(const std::string& params, int64_t many_blocks) {
+  const auto p = window_attention_params(params, many_blocks);
+  const auto plan = fastbb::window_attention_cuda_backward_plan(p, many_blocks);
+  py::dict result = plan_of(plan);
+  result["one_kernel"] = plan.one_kernel;
+  result["q_splits"] = plan.q_splits;
+  result["workspace"] = plan.workspace;
+  result["dense_bias"] = plan.dense_bias;
+  result["queries"] = launch_of(plan.queries);
+  result["keys"] = launch_of(plan.keys);
+  py::list sums;
+  for (int i = 0; i < plan.sum_count; ++i) sums.append(launch_of(plan.sums[i].launch));
+  result["sums"] = sums;
+  result["collapse"] = launch_of(plan.collapse);
   return result;
 }
 
@@ -147,4 +177,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("window_attention_cuda_plan", &window_attention_cuda_plan, py::arg("params"),
         py::arg("many_blocks") = fastbb::kWindowCudaManyBlocks,
         "How the CUDA kernels of window_attention are launched; params: the C++ struct.");
+  m.def("window_attention_cuda_backward_plan", &window_attention_cuda_backward_plan,
+        py::arg("params"), py::arg("many_blocks") = fastbb::kWindowCudaBackwardBlocks,
+        "The same for its gradients: pointers in params say which are wanted.");
 }

@@ -325,19 +325,69 @@ Tensor side_gradient(const Tensor& like, const OptionalTensor& x, bool need, flo
   return grad;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_out, const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
-    const Tensor& lse, const OptionalTensor& bias_table, const OptionalTensor& bias,
-    const OptionalTensor& mask, const OptionalTensor& scale_per_head, const OptionalTensor& k_pad,
-    const OptionalTensor& v_pad, const std::vector<int64_t>& window,
-    const std::vector<int64_t>& shift, const std::string& pad_mode,
-    const std::optional<double>& swin_mask_value, double scale, bool qk_l2norm, bool tf32,
-    const std::vector<bool>& need_side) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Float workspaces of a call; null for none.
+float* workspace(Call& call, int64_t count) {
+  if (count == 0) return nullptr;
+  return const_cast<float*>(call.hold(new_float32(call.like, {count})));
+}
+
+void backward_cpu(Call& call) {
+  WindowAttentionParams& p = call.params;
+  WindowAttentionGradients& g = p.grad;
+  const auto plan = window_attention_plan(p, g.dbias != nullptr);
+  expand_bias(call, plan, call.like);
+  int64_t sums = 0;  // floats that the reduction reads
+  const auto partial = [&](bool need, int64_t count) -> float* {
+    sums += need ? count : 0;
+    return workspace(call, need ? count : 0);
+  };
+  const int64_t groups = plan.backward_tasks;
+  const int64_t rows = int64_t{2 * p.window_h - 1} * (2 * p.window_w - 1);
+  g.partial_table = partial(g.dtable != nullptr, groups * rows);
+  g.partial_scale = partial(g.dscale != nullptr, groups);
+  g.partial_pads = partial(g.dk_pad != nullptr || g.dv_pad != nullptr, groups * 2 * p.head_dim);
+  g.partial_dq = partial(true, plan.partial_dq);
+  g.partial_dkv = partial(true, plan.partial_dkv);
+
+  const auto& kernels = window_attention_kernels();
+  torch::stable::parallel_for(
+      0, groups, grain_of(10 * plan.q_split_rows * p.nk * p.head_dim * plan.windows_per_chunk),
+      [&](int64_t begin, int64_t end) { kernels.backward(p, plan, begin, end); });
+  if (sums > 0) {
+    torch::stable::parallel_for(
+        0, p.batch * p.heads, grain_of(sums / (p.batch * p.heads)),
+        [&](int64_t begin, int64_t end) { kernels.reduce(p, plan, begin, end); });
+  }
+}
+
+#ifdef FASTBB_WITH_CUDA
+void backward_cuda(Call& call) {
+  const WindowAttentionParams& p = call.params;
+  const auto plan = window_attention_cuda_backward_plan(p);
+  float* space = workspace(call, plan.workspace);
+  launch_on_device_of(kOp, call.like, [&](void* stream) {
+    return window_attention_backward_cuda(p, plan, space, stream);
+  });
+}
+#endif
+
+// What the dispatcher calls, for either device.
+template <Backend kBackend, auto kRun>
+Gradients backward(const Tensor& grad_out, const Tensor& q, const OptionalTensor& k,
+                   const OptionalTensor& v, const Tensor& lse, const OptionalTensor& bias_table,
+                   const OptionalTensor& bias, const OptionalTensor& mask,
+                   const OptionalTensor& scale_per_head, const OptionalTensor& k_pad,
+                   const OptionalTensor& v_pad, const std::vector<int64_t>& window,
+                   const std::vector<int64_t>& shift, const std::string& pad_mode,
+                   const std::optional<double>& swin_mask_value, double scale, bool qk_l2norm,
+                   bool tf32, const std::vector<bool>& need_side) {
   const Views views = views_of(q, k, v);
   const Inputs in{views.q,         views.k, views.v,   bias_table, bias,  mask,
                   scale_per_head,  k_pad,   v_pad,     window,     shift, pad_mode,
                   swin_mask_value, scale,   qk_l2norm, tf32};
-  Call call = describe(in, Backend::kCpu);
+  Call call = describe(in, kBackend);
   WindowAttentionParams& p = call.params;
   WindowAttentionGradients& g = p.grad;
   check_main("grad_out", grad_out, in.k, out_shape(in, p));
@@ -349,7 +399,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   p.lse = floats(lse);
   g.grad_out = token_map(grad_out);
 
-  // With no query or no image no group runs, and the gradients are the zeros allocated here.
+  // With no query or no image nothing runs, and the gradients are the zeros allocated here.
   const bool none = p.nq == 0 || p.batch == 0;
   const auto gradient = [none](const Tensor& x) {
     return none ? torch::stable::new_zeros(x, shape_of(x))
@@ -368,34 +418,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   const Tensor dscale = side_gradient(q, scale_per_head, need_side[2], g.dscale);
   const Tensor dk_pad = side_gradient(q, k_pad, need_side[3], g.dk_pad);
   const Tensor dv_pad = side_gradient(q, v_pad, need_side[4], g.dv_pad);
-
-  const auto plan = window_attention_plan(p, g.dbias != nullptr);
-  expand_bias(call, plan, q);
-  int64_t sums = 0;  // floats that the reduction reads
-  const auto partial = [&](bool need, int64_t count) -> float* {
-    if (!need || count == 0) return nullptr;
-    sums += count;
-    return const_cast<float*>(call.hold(new_float32(q, {count})));
-  };
-  const int64_t groups = plan.backward_tasks;
-  const int64_t rows = int64_t{2 * p.window_h - 1} * (2 * p.window_w - 1);
-  g.partial_table = partial(g.dtable != nullptr, groups * rows);
-  g.partial_scale = partial(g.dscale != nullptr, groups);
-  g.partial_pads = partial(g.dk_pad != nullptr || g.dv_pad != nullptr, groups * 2 * p.head_dim);
-  g.partial_dq = partial(true, plan.partial_dq);
-  g.partial_dkv = partial(true, plan.partial_dkv);
-
-  if (!none) {
-    const auto& kernels = window_attention_kernels();
-    torch::stable::parallel_for(
-        0, groups, grain_of(10 * plan.q_split_rows * p.nk * p.head_dim * plan.windows_per_chunk),
-        [&](int64_t begin, int64_t end) { kernels.backward(p, plan, begin, end); });
-    if (sums > 0) {
-      torch::stable::parallel_for(
-          0, p.batch * p.heads, grain_of(sums / (p.batch * p.heads)),
-          [&](int64_t begin, int64_t end) { kernels.reduce(p, plan, begin, end); });
-    }
-  }
+  if (!none) kRun(call);
   return {dq, dk, dv, dtable, dbias, dscale, dk_pad, dv_pad};
 }
 
@@ -420,11 +443,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbb, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastbb, CPU, m) {
   m.impl("window_attention", TORCH_BOX(&fastbb::forward<fastbb::forward_cpu>));
-  m.impl("window_attention_backward", TORCH_BOX(&fastbb::backward));
+  m.impl("window_attention_backward",
+         TORCH_BOX((&fastbb::backward<fastbb::Backend::kCpu, fastbb::backward_cpu>)));
 }
 
 #ifdef FASTBB_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastbb, CUDA, m) {
   m.impl("window_attention", TORCH_BOX(&fastbb::forward<fastbb::forward_cuda>));
+  m.impl("window_attention_backward",
+         TORCH_BOX((&fastbb::backward<fastbb::Backend::kCuda, fastbb::backward_cuda>)));
 }
 #endif

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launch plan of the CUDA kernels.
+// Launch plans of the CUDA kernels.
 #include <algorithm>
 
 #include "ops/window_attention/window_attention_cuda.h"
@@ -10,8 +10,18 @@ namespace {
 // What a block may have on every device from sm_80 on.
 constexpr int64_t kMaxSharedBytes = 99 * 1024;
 constexpr int64_t kMaxWalk = 4;
+// Floats of all parts of the bias gradient: beyond, blocks take more problems.
+constexpr int64_t kMaxBiasParts = int64_t{1} << 24;
+// Tiles of queries worth a copy of dK and dV.
+constexpr int64_t kTilesOfSplit = 2;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int element_bytes_of(const WindowAttentionParams& p) { return p.dtype == Dtype::kFloat32 ? 4 : 2; }
+
+int dim_of(const WindowAttentionParams& p) {
+  return p.head_dim <= 32 ? 32 : p.head_dim <= 64 ? 64 : 128;
+}
 
 bool is_aligned(const TokenMap& map, int64_t element_bytes) {
   const int64_t all = map.image | map.row | map.column | map.head;
@@ -19,43 +29,151 @@ bool is_aligned(const TokenMap& map, int64_t element_bytes) {
   return (all * element_bytes) % 16 == 0 && address % 16 == 0;
 }
 
+int64_t windows_of(const WindowAttentionParams& p) {
+  return p.full ? 1 : int64_t{p.windows_y} * p.windows_x;
+}
+
 // Problems that share a block: their queries, and their keys, fill 64 rows.
-int pack_of(const WindowAttentionParams& p, int64_t element_bytes, int dim) {
+int pack_of(const WindowAttentionParams& p, int element_bytes, int dim) {
   if (element_bytes != 2 || dim > 64) return 1;
   const int64_t tokens = std::max(p.nq, p.nk);
   return tokens <= 16 ? 4 : tokens <= 32 ? 2 : 1;
+}
+
+int64_t table_bytes(const WindowAttentionParams& p) {
+  if (p.table == nullptr) return 0;
+  return 4 * int64_t{2 * p.window_h - 1} * (2 * p.window_w - 1);
+}
+
+// For kernels whose shared memory is `shared` bytes without a table.
+WindowAttentionCudaRows rows_of(const WindowAttentionParams& p, int64_t shared) {
+  WindowAttentionCudaRows rows{};
+  const int element_bytes = element_bytes_of(p);
+  rows.dim = dim_of(p);
+  rows.aligned = p.head_dim * element_bytes % 16 == 0;
+  for (const TokenMap* map :
+       {&p.q, &p.k, &p.v, &p.out, &p.grad.grad_out, &p.grad.dq, &p.grad.dk, &p.grad.dv}) {
+    rows.aligned = rows.aligned && is_aligned(*map, element_bytes);
+  }
+  rows.table_shared = p.table != nullptr && shared + table_bytes(p) <= kMaxSharedBytes;
+  if (!p.full) {
+    const bool roll_first = p.pad_mode == PadMode::kRollThenPad;
+    rows.roll_h = p.shift_h % (roll_first ? p.map_h : p.windows_y * p.window_h);
+    rows.roll_w = p.shift_w % (roll_first ? p.map_w : p.windows_x * p.window_w);
+  }
+  return rows;
+}
+
+bool wants_bias(const WindowAttentionGradients& g) {
+  return g.dtable != nullptr || g.dbias != nullptr;
+}
+
+bool wants_pads(const WindowAttentionGradients& g) {
+  return g.dk_pad != nullptr || g.dv_pad != nullptr;
+}
+
+// Floats of the workspace, from a multiple of 128 bytes on.
+int64_t take(WindowAttentionCudaBackwardPlan& plan, bool needed, int64_t floats) {
+  if (!needed) return -1;
+  const int64_t at = plan.workspace;
+  plan.workspace += divide_up(floats, 32) * 32;
+  return at;
+}
+
+// The same for parts of a sum.
+int64_t take_parts(WindowAttentionCudaBackwardPlan& plan, bool needed, WindowCudaSum kind,
+                   int64_t outer, int64_t parts, int64_t size) {
+  const int64_t from = take(plan, needed, outer * parts * size);
+  if (needed) {
+    const CudaLaunch launch{outer * divide_up(size, kWindowCudaSumLanes),
+                            kWindowCudaSumLanes * kWindowCudaSumRows, 0};
+    plan.sums[plan.sum_count++] = {kind, from, outer, parts, size, launch};
+  }
+  return from;
+}
+
+void plan_sums(const WindowAttentionParams& p, WindowAttentionCudaBackwardPlan& plan) {
+  const WindowAttentionGradients& g = p.grad;
+  const int64_t h = p.heads, d = p.head_dim;
+  const int64_t scale_parts = plan.chunks * (plan.one_kernel ? plan.q_splits : plan.q_blocks);
+  const int64_t pad_parts = plan.chunks * plan.key_tiles * (kWindowCudaThreads / 32);
+  plan.row_sums = take(plan, !plan.one_kernel, p.batch * windows_of(p) * h * p.nq * 2);
+  plan.dense_bias = take(plan, g.dtable != nullptr, h * p.nq * p.nk);
+  plan.bias = take_parts(plan, wants_bias(g), WindowCudaSum::kBias, 1, plan.chunks * plan.pack,
+                         h * p.nq * p.nk);
+  plan.scale = take_parts(plan, g.dscale != nullptr, WindowCudaSum::kScale, 1, scale_parts, h);
+  plan.pads = take_parts(plan, wants_pads(g), WindowCudaSum::kPads, 1, pad_parts, h * 2 * d);
+  plan.dq = take_parts(plan, p.q_shared, WindowCudaSum::kQueries, p.batch, plan.chunks_per_image,
+                       h * p.nq * d);
+  plan.dkv = take_parts(plan, plan.q_splits > 1, WindowCudaSum::kKeys, p.batch, plan.q_splits,
+                        h * 2 * p.nk * d);
+  if (g.dtable != nullptr) {
+    const int64_t entries = int64_t{2 * p.window_h - 1} * (2 * p.window_w - 1) * h;
+    plan.collapse = {divide_up(entries, kWindowCudaCollapseThreads), kWindowCudaCollapseThreads, 0};
+  }
 }
 
 }  // namespace
 
 WindowAttentionCudaPlan window_attention_cuda_plan(const WindowAttentionParams& p,
                                                    int64_t many_blocks) {
+  const int element_bytes = element_bytes_of(p);
+  const int64_t shared = window_cuda_forward_bytes(element_bytes, dim_of(p));
   WindowAttentionCudaPlan plan{};
-  const int64_t element_bytes = p.dtype == Dtype::kFloat32 ? 4 : 2;
-  plan.dim = p.head_dim <= 32 ? 32 : p.head_dim <= 64 ? 64 : 128;
-  plan.aligned = p.head_dim * element_bytes % 16 == 0 && is_aligned(p.q, element_bytes) &&
-                 is_aligned(p.k, element_bytes) && is_aligned(p.v, element_bytes);
-  if (!p.full) {
-    const bool roll_first = p.pad_mode == PadMode::kRollThenPad;
-    plan.roll_h = p.shift_h % (roll_first ? p.map_h : p.windows_y * p.window_h);
-    plan.roll_w = p.shift_w % (roll_first ? p.map_w : p.windows_x * p.window_w);
-  }
-  int64_t shared = window_cuda_forward_bytes(static_cast<int>(element_bytes), plan.dim);
-  if (p.table != nullptr) {
-    const int64_t bytes = 4 * int64_t{2 * p.window_h - 1} * (2 * p.window_w - 1);
-    plan.table_shared = shared + bytes <= kMaxSharedBytes;
-    if (plan.table_shared) shared += bytes;
-  }
-
-  const int64_t problems = p.batch * (p.full ? 1 : int64_t{p.windows_y} * p.windows_x);
+  static_cast<WindowAttentionCudaRows&>(plan) = rows_of(p, shared);
   plan.pack = pack_of(p, element_bytes, plan.dim);
   plan.q_blocks = divide_up(p.nq, kWindowCudaQueries);
-  const int64_t groups = divide_up(problems, plan.pack);
+  const int64_t groups = divide_up(p.batch * windows_of(p), plan.pack);
   const int64_t blocks = groups * p.heads * plan.q_blocks;
   const int64_t most = window_cuda_query_stages(plan.dim) == 1 ? 1 : kMaxWalk;
   plan.walk = static_cast<int>(std::clamp<int64_t>(blocks / many_blocks, 1, most));
   plan.forward = {divide_up(groups, plan.walk) * p.heads * plan.q_blocks, kWindowCudaThreads,
-                  shared};
+                  shared + (plan.table_shared ? table_bytes(p) : 0)};
+  return plan;
+}
+
+WindowAttentionCudaBackwardPlan window_attention_cuda_backward_plan(const WindowAttentionParams& p,
+                                                                    int64_t many_blocks) {
+  const WindowAttentionGradients& g = p.grad;
+  const int element_bytes = element_bytes_of(p);
+  const int pack = p.q_shared ? 1 : pack_of(p, element_bytes, dim_of(p));
+  const int64_t keys_bytes = window_cuda_backward_keys_bytes(element_bytes, dim_of(p), pack);
+  const int64_t queries_bytes = window_cuda_backward_queries_bytes(element_bytes, dim_of(p));
+  WindowAttentionCudaBackwardPlan plan{};
+  static_cast<WindowAttentionCudaRows&>(plan) = rows_of(p, std::max(keys_bytes, queries_bytes));
+  if (p.nq == 0 || p.batch == 0) return plan;
+
+  plan.one_kernel = p.nk <= kWindowCudaBackwardKeys;
+  plan.pack = pack;
+  plan.key_tiles = divide_up(p.nk, kWindowCudaBackwardKeys);
+  plan.q_tiles = divide_up(p.nq, window_cuda_backward_rows(element_bytes, plan.dim, pack) / pack);
+  plan.q_blocks = divide_up(p.nq, kWindowCudaQueries);
+
+  const bool sums = wants_bias(g) || g.dscale != nullptr || wants_pads(g) || p.q_shared;
+  const int64_t windows = windows_of(p);
+  const int64_t groups = p.q_shared ? windows : divide_up(p.batch * windows, plan.pack);
+  const int64_t all_groups = p.q_shared ? p.batch * windows : groups;
+  const int64_t pairs = int64_t{p.heads} * p.nq * p.nk;
+  int64_t walk = sums ? divide_up(all_groups * p.heads * plan.key_tiles, many_blocks) : 1;
+  if (wants_bias(g))
+    walk = std::max(walk, divide_up(all_groups * plan.pack * pairs, kMaxBiasParts));
+  plan.walk = static_cast<int>(std::min(walk, groups));
+  plan.chunks_per_image = p.q_shared ? divide_up(groups, plan.walk) : 0;
+  plan.chunks = p.q_shared ? p.batch * plan.chunks_per_image : divide_up(groups, plan.walk);
+
+  const int64_t blocks = plan.chunks * p.heads * plan.key_tiles;
+  const int64_t splits = p.full ? std::max<int64_t>(many_blocks / 2 / blocks, 1) : 1;
+  plan.q_tiles_per_split =
+      splits == 1 ? plan.q_tiles : std::max(divide_up(plan.q_tiles, splits), kTilesOfSplit);
+  plan.q_splits = divide_up(plan.q_tiles, plan.q_tiles_per_split);
+
+  const int64_t table = plan.table_shared ? table_bytes(p) : 0;
+  plan.keys = {blocks * plan.q_splits, kWindowCudaThreads, keys_bytes + table};
+  if (!plan.one_kernel) {
+    plan.queries = {plan.chunks * p.heads * plan.q_blocks, kWindowCudaThreads,
+                    queries_bytes + table};
+  }
+  plan_sums(p, plan);
   return plan;
 }
 

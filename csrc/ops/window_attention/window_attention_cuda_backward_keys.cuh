@@ -1,0 +1,478 @@
+// SPDX-License-Identifier: Apache-2.0
+// dK, dV and the gradients of bias, pads and, where all keys fit into a block, dQ and scale.
+//
+// A block of 4 warps takes 64 keys of one head, a warp 16 of them: of one problem, or of 2 or 4
+// problems side by side whose tokens fill no more than 32 or 16 rows. Queries and gradients of
+// results come in tiles through two stages of asynchronous copies (one for 128 float32 channels).
+// P^T and dP^T, keys by queries, stay in registers, where they are operands of dV and dK as they
+// are; dS passes through shared memory once, as operand of dQ, and warps share its rows. Row sums
+// cross the warps through shared memory, or come from the kernel for queries.
+//
+// Queries of a tile: 64 in 16-bit types (32 of head dim 128); 64, 32, 16 of head dims 32, 64, 128
+// in float32.
+#pragma once
+
+#include "ops/window_attention/window_attention_cuda_backward.cuh"
+
+namespace fastbb {
+namespace cuda {
+
+template <class Math, int kDim, int kPack>
+struct BackwardKeysShared {
+  using Element = typename Math::Element;
+  static constexpr int kLd = kDim + Math::kChunk;
+  static constexpr int kKeys = kWindowCudaBackwardKeys;
+  static constexpr int kRows = kBackwardRows<Math, kDim, kPack>;
+  static constexpr int kStages = kBackwardStages<Math, kDim>;
+  alignas(16) Element k[kKeys][kLd];
+  alignas(16) Element v[kKeys][kLd];
+  alignas(16) Element q[kStages][kRows][kLd];
+  alignas(16) Element grad[kStages][kRows][kLd];
+  alignas(16) Element dlogits[kKeys][kRows + Math::kChunk];
+  float sums[kWarps][kRows][2];  // of P and of P dP over a warp's keys
+  float normaliser[kRows];       // 1 / sum of P over all keys
+  float delta[kRows];            // sum of P dP, normalised
+  float lse[kRows];
+  float q_inverse[kRows];
+  int q_term[kRows];
+  float k_inverse[kKeys];
+  float scale[kWarps];
+};
+
+// What is known of each query of a tile.
+template <class Math, int kDim, int kPack, bool kAll>
+__device__ __forceinline__ void describe_queries(const WindowAttentionParams& p,
+                                                 const WindowAttentionCudaBackwardPlan& plan,
+                                                 const Task& task, int64_t first,
+                                                 int64_t first_query, const float* workspace,
+                                                 BackwardKeysShared<Math, kDim, kPack>& s) {
+  using Queries = Side<kBackwardRows<Math, kDim, kPack>, kPack>;
+  const int row = threadIdx.x;
+  if (row >= kBackwardRows<Math, kDim, kPack>) return;
+  const Problem problem = problem_at(p, Queries::problem(first, row));
+  const int64_t token = Queries::token(first_query, row);
+  s.lse[row] = lse_of(p, plan, task, problem, token);
+  s.q_term[row] = query_term(p, problem, task.inverse_w, token);
+  if (!kAll) {
+    const float* sums = workspace + plan.row_sums +
+                        ((problem.index * p.heads + task.head) * p.nq + clamped(token, p.nq)) * 2;
+    s.normaliser[row] = sums[0];
+    s.delta[row] = sums[1];
+  }
+}
+
+// Lanes that differ in the bit kStep share 2 * kHalf sums: each keeps kHalf of them, in x[0]
+// onwards. Returns the index of the first one.
+template <int kHalf, int kStep, int kCount>
+__device__ __forceinline__ int share_sums(float (&x)[kCount]) {
+  const bool upper = threadIdx.x & kStep;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float give = upper ? x[i] : x[i + kHalf];
+    const float keep = upper ? x[i + kHalf] : x[i];
+    x[i] = keep + __shfl_xor_sync(ptx::kFullWarp, give, kStep);
+  }
+  return upper ? kHalf : 0;
+}
+
+// Normalisers and deltas of a tile's queries, from the weights and dP of all warps.
+template <class Math, int kDim, int kPack, int kTiles>
+__device__ __forceinline__ void sum_rows(const float (&weights)[kTiles][4],
+                                         const float (&dlogits)[kTiles][4],
+                                         BackwardKeysShared<Math, kDim, kPack>& s) {
+  constexpr int kEach = BackwardKeysShared<Math, kDim, kPack>::kRows / kPack;
+  constexpr int kWarpsEach = kWarps / kPack;
+  const int warp = threadIdx.x / 32;
+  float sums[kTiles * 4];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float w0 = weights[n][e], w1 = weights[n][e + 2];
+      sums[n * 4 + e * 2] = w0 + w1;
+      sums[n * 4 + e * 2 + 1] = w0 * dlogits[n][e] + w1 * dlogits[n][e + 2];
+    }
+  }
+  // Over the 8 lanes that hold a column of accumulators.
+  int first = share_sums<kTiles * 2, 16>(sums);
+  first += share_sums<kTiles, 8>(sums);
+  first += share_sums<kTiles / 2, 4>(sums);
+#pragma unroll
+  for (int i = 0; i < kTiles / 2; ++i) {
+    const int at = first + i;
+    const int column = at / 4 * 8 + threadIdx.x % 4 * 2 + at / 2 % 2;
+    s.sums[warp][column][at % 2] = sums[i];
+  }
+  __syncthreads();
+  const int row = threadIdx.x;
+  if (row < BackwardKeysShared<Math, kDim, kPack>::kRows) {
+    float total = 0.0f, along = 0.0f;
+    for (int i = 0; i < kWarpsEach; ++i) {
+      const float* part = s.sums[row / kEach * kWarpsEach + i][row % kEach];
+      total += part[0];
+      along += part[1];
+    }
+    s.normaliser[row] = normaliser_of(total);
+    s.delta[row] = along * s.normaliser[row];
+  }
+  __syncthreads();
+}
+
+// Adds dS to the block's part of the bias gradient; the first problem of a walk sets it.
+template <int kTiles>
+__device__ __forceinline__ void add_bias_gradient(const WindowAttentionParams& p, float* bias,
+                                                  bool adds, int64_t first_query,
+                                                  const int64_t (&key)[2],
+                                                  const float (&dlogits)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int64_t query = first_query + n * 8 + threadIdx.x % 4 * 2 + e % 2;
+      if (query >= p.nq || key[e / 2] >= p.nk) continue;
+      float* to = bias + query * p.nk + key[e / 2];
+      *to = adds ? *to + dlogits[n][e] : dlogits[n][e];
+    }
+  }
+}
+
+// dQ of a tile from dS in shared memory: a warp takes 16 queries and a part of their channels.
+// Returns its share of the scale's gradient.
+template <class Math, int kDim, int kPack>
+__device__ __forceinline__ float tile_dq(const WindowAttentionParams& p,
+                                         const WindowAttentionCudaBackwardPlan& plan,
+                                         const Walk& walk, const Problem& problem,
+                                         int64_t first_query, int stage,
+                                         BackwardKeysShared<Math, kDim, kPack>& s,
+                                         float* workspace) {
+  using Shared = BackwardKeysShared<Math, kDim, kPack>;
+  constexpr int kEach = Shared::kRows / kPack;
+  constexpr int kKeys = Shared::kKeys / kPack;
+  constexpr int kRowTiles = Shared::kRows / 16;
+  constexpr int kSpans = kWarps / kRowTiles;
+  constexpr int kSpan = kDim / kSpans;
+  const int warp = threadIdx.x / 32;
+  const int first_row = warp % kRowTiles * 16;
+  const int span = warp / kRowTiles;
+  const int first_key = warp * kPack / kWarps * kKeys;
+
+  float dq[kSpan / 8][4] = {};
+#pragma unroll
+  for (int n = 0; n < kKeys; n += Math::kStep) {
+    uint32_t a[4];
+    Math::load_a_transposed(a, &s.dlogits[first_key + n], first_row);
+#pragma unroll
+    for (int c = 0; c < kSpan; c += 16) {
+      uint32_t b[4];
+      Math::load_summed_rows(b, &s.k[first_key + n], span * kSpan + c);
+      if (p.qk_l2norm) Math::scale_rows(b, &s.k_inverse[first_key + n]);
+      Math::mma(dq[c / 8], a, b[0], b[1]);
+      Math::mma(dq[c / 8 + 1], a, b[2], b[3]);
+    }
+  }
+
+  float scale_sum = 0.0f;
+  float along[2] = {0.0f, 0.0f};
+  if (p.qk_l2norm || plan.scale >= 0) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row + threadIdx.x % 32 / 4 + 8 * i;
+      along[i] = along_row<Math>(dq, i, &s.q[stage][row][span * kSpan]);
+      scale_sum += p.qk_l2norm ? along[i] * s.q_inverse[row] : along[i];
+    }
+  }
+  if (p.qk_l2norm) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) along[i] = ptx::lanes_sum<4>(along[i]);
+    if constexpr (kSpans > 1) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + threadIdx.x % 32 / 4 + 8 * i;
+        if (threadIdx.x % 4 == 0) s.sums[span][row][0] = along[i];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + threadIdx.x % 32 / 4 + 8 * i;
+        along[i] = 0.0f;
+        for (int other = 0; other < kSpans; ++other) along[i] += s.sums[other][row][0];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row + threadIdx.x % 32 / 4 + 8 * i;
+      normalise_backward<Math>(dq, i, &s.q[stage][row][span * kSpan], s.q_inverse[row], along[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first_row + threadIdx.x % 32 / 4 + 8 * i;
+    write_dq<Math>(p, plan, walk, problem, first_query + row % kEach, span * kSpan, dq, i,
+                   workspace);
+  }
+  return scale_sum;
+}
+
+// A warp's dK and dV of padded tokens to its part of the sums; the first problem of a walk sets it.
+template <int kDim>
+__device__ __forceinline__ void add_pad_gradients(const WindowAttentionParams& p, float* pads,
+                                                  bool adds, const bool (&padded)[2],
+                                                  const float (&dk)[kDim / 8][4],
+                                                  const float (&dv)[kDim / 8][4]) {
+  if (adds && !__any_sync(ptx::kFullWarp, padded[0] || padded[1])) return;
+#pragma unroll
+  for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float sums[2] = {(padded[0] ? dk[n][e] : 0.0f) + (padded[1] ? dk[n][e + 2] : 0.0f),
+                       (padded[0] ? dv[n][e] : 0.0f) + (padded[1] ? dv[n][e + 2] : 0.0f)};
+      const int c = n * 8 + threadIdx.x % 4 * 2 + e;
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) {
+          sums[which] += __shfl_xor_sync(ptx::kFullWarp, sums[which], step);
+        }
+        if (threadIdx.x % 32 >= 4 || c >= p.head_dim) continue;
+        float* to = pads + which * p.head_dim + c;
+        *to = adds ? *to + sums[which] : sums[which];
+      }
+    }
+  }
+}
+
+// A row of dK or dV.
+template <class Math, int kDim>
+__device__ __forceinline__ void write_key(const WindowAttentionParams& p, bool aligned,
+                                          typename Math::Element* to, float* part,
+                                          const float (&grad)[kDim / 8][4], int i) {
+#pragma unroll
+  for (int n = 0; n < kDim / 8; ++n) {
+    const int c = n * 8 + threadIdx.x % 4 * 2;
+    if (part == nullptr) {
+      write_pair<Math>(to, c, p.head_dim, aligned, grad[n][2 * i], grad[n][2 * i + 1]);
+    } else {
+      if (c < p.head_dim) part[c] = grad[n][2 * i];
+      if (c + 1 < p.head_dim) part[c + 1] = grad[n][2 * i + 1];
+    }
+  }
+}
+
+// dK and dV of a thread's two keys: to the map, to the pads, or to this split's part of the sum.
+template <class Math, int kDim, int kPack>
+__device__ __forceinline__ void finish_keys(const WindowAttentionParams& p,
+                                            const WindowAttentionCudaBackwardPlan& plan,
+                                            const Walk& walk, const Problem& problem, int64_t split,
+                                            const int64_t (&key)[2],
+                                            BackwardKeysShared<Math, kDim, kPack>& s,
+                                            float (&dk)[kDim / 8][4], float (&dv)[kDim / 8][4],
+                                            float* pads, bool adds, float* workspace) {
+  using Element = typename Math::Element;
+  const Task& task = walk.task;
+  const int warp = threadIdx.x / 32;
+  bool padded[2];
+  Place place[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = warp * 16 + threadIdx.x % 32 / 4 + 8 * i;
+    if (p.qk_l2norm) {
+      const float along = ptx::lanes_sum<4>(along_row<Math>(dk, i, s.k[row]));
+      normalise_backward<Math>(dk, i, s.k[row], s.k_inverse[row], along);
+    }
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      dk[n][2 * i] *= task.scale;
+      dk[n][2 * i + 1] *= task.scale;
+    }
+    const bool exists = problem.index < task.behind && key[i] < p.nk;
+    place[i] = exists ? place_of(p, plan, problem, task.inverse_w, static_cast<int>(key[i]))
+                      : Place{-1, 0};
+    padded[i] = exists && place[i].y < 0;
+  }
+  if (pads != nullptr) add_pad_gradients<kDim>(p, pads, adds, padded, dk, dv);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (place[i].y < 0) continue;
+    Element* to_k = row_at<Element>(p.grad.dk, problem.image, task.head, place[i]);
+    Element* to_v = row_at<Element>(p.grad.dv, problem.image, task.head, place[i]);
+    float* part_k = nullptr;
+    float* part_v = nullptr;
+    if (plan.q_splits > 1) {
+      const int64_t part = (problem.index * plan.q_splits + split) * p.heads + task.head;
+      part_k = workspace + plan.dkv + (part * 2 * p.nk + key[i]) * p.head_dim;
+      part_v = part_k + p.nk * p.head_dim;
+    }
+    write_key<Math, kDim>(p, plan.aligned, to_k, part_k, dk, i);
+    write_key<Math, kDim>(p, plan.aligned, to_v, part_v, dv, i);
+  }
+}
+
+// kAll: all keys of a problem are in the block, which makes dQ too.
+template <class Math, int kDim, int kPack, bool kAll>
+__global__ void __launch_bounds__(kThreads, 2)
+    window_attention_backward_keys(const __grid_constant__ WindowAttentionParams p,
+                                   const __grid_constant__ WindowAttentionCudaBackwardPlan plan,
+                                   float* workspace) {
+  using Shared = BackwardKeysShared<Math, kDim, kPack>;
+  constexpr int kStages = Shared::kStages;
+  constexpr int kKeys = Shared::kKeys / kPack;  // of a problem
+  constexpr int kRows = Shared::kRows / kPack;  // likewise, queries
+  extern __shared__ __align__(16) unsigned char memory[];
+  Shared& s = *reinterpret_cast<Shared*>(memory);
+
+  int64_t block = blockIdx.x;
+  const int64_t split = block % plan.q_splits;
+  block /= plan.q_splits;
+  const int64_t key_tile = block % plan.key_tiles;
+  block /= plan.key_tiles;
+  const Walk walk = walk_of(p, plan, block / p.heads, block % p.heads,
+                            reinterpret_cast<float*>(memory + sizeof(Shared)));
+  const Task& task = walk.task;
+  const int64_t first_tile = split * plan.q_tiles_per_split;
+  const int64_t behind_tile = first_tile + plan.q_tiles_per_split;
+  const int64_t last_tile = behind_tile < plan.q_tiles ? behind_tile : plan.q_tiles;
+
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int part = warp * kPack / kWarps;  // which of the problems side by side
+  const int64_t first_key = key_tile * kKeys;
+  const int64_t key[2] = {first_key + warp * 16 % kKeys + lane / 4,
+                          first_key + warp * 16 % kKeys + lane / 4 + 8};
+  float* bias = nullptr;
+  if (plan.bias >= 0) {
+    bias =
+        workspace + plan.bias + ((walk.chunk * kPack + part) * p.heads + task.head) * p.nq * p.nk;
+  }
+  float* pads = nullptr;
+  if (plan.pads >= 0) {
+    const int64_t pad_part = (walk.chunk * plan.key_tiles + key_tile) * kWarps + warp;
+    pads = workspace + plan.pads + (pad_part * p.heads + task.head) * 2 * p.head_dim;
+  }
+
+  float scale_sum = 0.0f;
+  for (int64_t first = walk.first; first < task.behind; first += kPack) {
+    const bool adds = first != walk.first;
+    const Problem problem = problem_at(p, first + part);
+    const Matrices matrices = matrices_of(p, task, problem);
+    load_keys<Math, kDim, Shared::kKeys, kPack>(p, plan, task, first, first_key, s.k, s.v);
+    load_queries<Math, kDim, Shared::kRows, kPack, true>(p, plan, task, first, first_tile * kRows,
+                                                         s.q[0], s.grad[0]);
+    ptx::cp_async_commit();
+    const int k_term[2] = {key_term(p, problem, task.inverse_w, key[0]),
+                           key_term(p, problem, task.inverse_w, key[1])};
+    float dk[kDim / 8][4] = {};
+    float dv[kDim / 8][4] = {};
+    int stage = 0;
+    for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+      const int64_t first_query = tile * kRows;
+      if (kStages == 2 && tile + 1 < last_tile) {
+        load_queries<Math, kDim, Shared::kRows, kPack, true>(
+            p, plan, task, first, first_query + kRows, s.q[1 - stage], s.grad[1 - stage]);
+      } else if (kStages == 1 && tile > first_tile) {
+        load_queries<Math, kDim, Shared::kRows, kPack, true>(p, plan, task, first, first_query,
+                                                             s.q[0], s.grad[0]);
+      }
+      ptx::cp_async_commit();
+      describe_queries<Math, kDim, kPack, kAll>(p, plan, task, first, first_query, workspace, s);
+      ptx::cp_async_wait<kStages - 1>();
+      __syncthreads();
+      if (p.qk_l2norm) {
+        inverse_lengths<Math, Shared::kRows>(s.q[stage], s.q_inverse);
+        if (tile == first_tile) inverse_lengths<Math, Shared::kKeys>(s.k, s.k_inverse);
+        __syncthreads();
+      }
+
+      float weights[kRows / 8][4] = {};
+      float dlogits[kRows / 8][4] = {};
+#pragma unroll
+      for (int c = 0; c < kDim; c += Math::kStep) {
+        uint32_t k[4], v[4];
+        load_a<Math>(k, &s.k[warp * 16], c);
+        load_a<Math>(v, &s.v[warp * 16], c);
+#pragma unroll
+        for (int n = 0; n < kRows; n += 16) {
+          uint32_t b[4];
+          load_b<Math>(b, &s.q[stage][part * kRows + n], c);
+          Math::mma(weights[n / 8], k, b[0], b[1]);
+          Math::mma(weights[n / 8 + 1], k, b[2], b[3]);
+          load_b<Math>(b, &s.grad[stage][part * kRows + n], c);
+          Math::mma(dlogits[n / 8], v, b[0], b[1]);
+          Math::mma(dlogits[n / 8 + 1], v, b[2], b[3]);
+        }
+      }
+      each_pair(weights, [&](float& x, int, int) { x *= task.scale; });
+      if (p.qk_l2norm) {
+        each_pair(weights, [&](float& x, int i, int column) {
+          x *= s.q_inverse[part * kRows + column] * s.k_inverse[warp * 16 + lane / 4 + 8 * i];
+        });
+      }
+      add_terms(
+          p, task, matrices, weights,
+          [&](int i, int column) { return Pair<int>{s.q_term[part * kRows + column], k_term[i]}; },
+          [&](int i, int column) {
+            return Pair<int64_t>{clamped(first_query + column, p.nq), clamped(key[i], p.nk)};
+          });
+      each_pair(weights, [&](float& x, int i, int column) {
+        x = key[i] < p.nk ? weight_of(x, s.lse[part * kRows + column]) : 0.0f;
+      });
+      if constexpr (kAll) sum_rows<Math, kDim, kPack>(weights, dlogits, s);
+      each_pair(weights,
+                [&](float& x, int, int column) { x *= s.normaliser[part * kRows + column]; });
+#pragma unroll
+      for (int n = 0; n < kRows / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float delta = s.delta[part * kRows + n * 8 + lane % 4 * 2 + e % 2];
+          dlogits[n][e] = weights[n][e] * (dlogits[n][e] - delta);
+        }
+      }
+      if (bias != nullptr) add_bias_gradient(p, bias, adds, first_query, key, dlogits);
+
+#pragma unroll
+      for (int n = 0; n < kRows; n += Math::kStep) {
+        uint32_t w[4], ds[4];
+        Math::pack(w, weights, n / 8);
+        Math::pack(ds, dlogits, n / 8);
+#pragma unroll
+        for (int c = 0; c < kDim; c += 16) {
+          uint32_t b[4];
+          Math::load_summed_rows(b, &s.grad[stage][part * kRows + n], c);
+          Math::mma(dv[c / 8], w, b[0], b[1]);
+          Math::mma(dv[c / 8 + 1], w, b[2], b[3]);
+          Math::load_summed_rows(b, &s.q[stage][part * kRows + n], c);
+          if (p.qk_l2norm) Math::scale_rows(b, &s.q_inverse[part * kRows + n]);
+          Math::mma(dk[c / 8], ds, b[0], b[1]);
+          Math::mma(dk[c / 8 + 1], ds, b[2], b[3]);
+        }
+      }
+      if constexpr (kAll) {
+#pragma unroll
+        for (int n = 0; n < kRows / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            Math::store_pair(
+                &s.dlogits[warp * 16 + lane / 4 + 8 * i][part * kRows + n * 8 + lane % 4 * 2],
+                dlogits[n][2 * i], dlogits[n][2 * i + 1]);
+          }
+        }
+        __syncthreads();
+        scale_sum +=
+            tile_dq<Math, kDim, kPack>(p, plan, walk, problem, first_query, stage, s, workspace);
+      }
+      __syncthreads();
+      stage = kStages - 1 - stage;
+    }
+    finish_keys<Math, kDim, kPack>(p, plan, walk, problem, split, key, s, dk, dv, pads, adds,
+                                   workspace);
+    __syncthreads();
+  }
+  if constexpr (kAll) {
+    if (plan.scale >= 0) {
+      write_scale(p, plan, walk.chunk * plan.q_splits + split, task.head, scale_sum, s.scale,
+                  workspace);
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace fastbb
