@@ -90,7 +90,7 @@ constexpr int64_t window_cuda_backward_queries_bytes(int element_bytes, int dim)
   const int64_t rows = window_cuda_backward_rows(element_bytes, dim, 1);
   const int64_t stages = window_cuda_backward_stages(element_bytes, dim);
   return (2 * kWindowCudaQueries + 2 * stages * rows) * window_cuda_row_bytes(element_bytes, dim) +
-         (kWindowCudaQueries + 2 * rows + 4) * 4;
+         (kWindowCudaQueries + 2 * rows) * 4;
 }
 
 // Sums over problems, or over queries that several blocks share, are of parts that each belong to

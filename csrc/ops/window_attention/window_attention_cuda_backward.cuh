@@ -142,19 +142,5 @@ __device__ __forceinline__ void write_dq(const WindowAttentionParams& p,
   }
 }
 
-// The block's share of the scale's gradient; `sums` has room for one float of each warp.
-__device__ __forceinline__ void write_scale(const WindowAttentionParams& p,
-                                            const WindowAttentionCudaBackwardPlan& plan,
-                                            int64_t part, int64_t head, float sum, float* sums,
-                                            float* workspace) {
-  sum = ptx::lanes_sum<32>(sum);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  float all = 0.0f;
-  for (int warp = 0; warp < kWarps; ++warp) all += sums[warp];
-  workspace[plan.scale + part * p.heads + head] = all;
-}
-
 }  // namespace cuda
 }  // namespace fastbb

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// dK, dV and the gradients of bias, pads and, where all keys fit into a block, dQ and scale.
+// dK, dV, the gradients of bias, scale and pads and, where all keys fit into a block, dQ.
 //
 // A block of 4 warps takes 64 keys of one head, a warp 16 of them: of one problem, or of 2 or 4
 // problems side by side whose tokens fill no more than 32 or 16 rows. Queries and gradients of
@@ -136,15 +136,30 @@ __device__ __forceinline__ void add_bias_gradient(const WindowAttentionParams& p
   }
 }
 
+// Sums over the warps that share rows of dQ.
+template <int kSpans, int kRows>
+__device__ __forceinline__ void add_spans(float (&along)[2], int span, const int (&row)[2],
+                                          float (&sums)[kWarps][kRows][2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (threadIdx.x % 4 == 0) sums[span][row[i]][0] = along[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    along[i] = 0.0f;
+    for (int other = 0; other < kSpans; ++other) along[i] += sums[other][row[i]][0];
+  }
+}
+
 // dQ of a tile from dS in shared memory: a warp takes 16 queries and a part of their channels.
-// Returns its share of the scale's gradient.
 template <class Math, int kDim, int kPack>
-__device__ __forceinline__ float tile_dq(const WindowAttentionParams& p,
-                                         const WindowAttentionCudaBackwardPlan& plan,
-                                         const Walk& walk, const Problem& problem,
-                                         int64_t first_query, int stage,
-                                         BackwardKeysShared<Math, kDim, kPack>& s,
-                                         float* workspace) {
+__device__ __forceinline__ void tile_dq(const WindowAttentionParams& p,
+                                        const WindowAttentionCudaBackwardPlan& plan,
+                                        const Walk& walk, const Problem& problem,
+                                        int64_t first_query, int stage,
+                                        BackwardKeysShared<Math, kDim, kPack>& s,
+                                        float* workspace) {
   using Shared = BackwardKeysShared<Math, kDim, kPack>;
   constexpr int kEach = Shared::kRows / kPack;
   constexpr int kKeys = Shared::kKeys / kPack;
@@ -152,8 +167,8 @@ __device__ __forceinline__ float tile_dq(const WindowAttentionParams& p,
   constexpr int kSpans = kWarps / kRowTiles;
   constexpr int kSpan = kDim / kSpans;
   const int warp = threadIdx.x / 32;
-  const int first_row = warp % kRowTiles * 16;
-  const int span = warp / kRowTiles;
+  const int first_row = warp / kSpans * 16;
+  const int span = warp % kSpans;
   const int first_key = warp * kPack / kWarps * kKeys;
 
   float dq[kSpan / 8][4] = {};
@@ -171,46 +186,37 @@ __device__ __forceinline__ float tile_dq(const WindowAttentionParams& p,
     }
   }
 
-  float scale_sum = 0.0f;
-  float along[2] = {0.0f, 0.0f};
-  if (p.qk_l2norm || plan.scale >= 0) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = first_row + threadIdx.x % 32 / 4 + 8 * i;
-      along[i] = along_row<Math>(dq, i, &s.q[stage][row][span * kSpan]);
-      scale_sum += p.qk_l2norm ? along[i] * s.q_inverse[row] : along[i];
-    }
-  }
+  const int lane_row = first_row + threadIdx.x % 32 / 4;
+  const int row[2] = {lane_row, lane_row + 8};
   if (p.qk_l2norm) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) along[i] = ptx::lanes_sum<4>(along[i]);
-    if constexpr (kSpans > 1) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = first_row + threadIdx.x % 32 / 4 + 8 * i;
-        if (threadIdx.x % 4 == 0) s.sums[span][row][0] = along[i];
-      }
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = first_row + threadIdx.x % 32 / 4 + 8 * i;
-        along[i] = 0.0f;
-        for (int other = 0; other < kSpans; ++other) along[i] += s.sums[other][row][0];
-      }
-    }
+    float along[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = first_row + threadIdx.x % 32 / 4 + 8 * i;
-      normalise_backward<Math>(dq, i, &s.q[stage][row][span * kSpan], s.q_inverse[row], along[i]);
+      along[i] = ptx::lanes_sum<4>(along_row<Math>(dq, i, &s.q[stage][row[i]][span * kSpan]));
+    }
+    if constexpr (kSpans > 1) add_spans<kSpans>(along, span, row, s.sums);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      normalise_backward<Math>(dq, i, &s.q[stage][row[i]][span * kSpan], s.q_inverse[row[i]],
+                               along[i]);
     }
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = first_row + threadIdx.x % 32 / 4 + 8 * i;
-    write_dq<Math>(p, plan, walk, problem, first_query + row % kEach, span * kSpan, dq, i,
+    write_dq<Math>(p, plan, walk, problem, first_query + row[i] % kEach, span * kSpan, dq, i,
                    workspace);
   }
-  return scale_sum;
+}
+
+// The block's share of the scale's gradient; `sums` has room for one float of each warp.
+__device__ __forceinline__ void write_scale(float sum, float (&sums)[kWarps], float* to) {
+  sum = ptx::lanes_sum<32>(sum);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float all = 0.0f;
+  for (int warp = 0; warp < kWarps; ++warp) all += sums[warp];
+  *to = all;
 }
 
 // A warp's dK and dV of padded tokens to its part of the sums; the first problem of a walk sets it.
@@ -307,9 +313,92 @@ __device__ __forceinline__ void finish_keys(const WindowAttentionParams& p,
   }
 }
 
+// What the threads of a warp know of a problem.
+struct KeySide {
+  Problem problem;
+  Matrices matrices;
+  int part;        // which of the problems side by side
+  int64_t key[2];  // of the thread
+  int term[2];
+};
+
+__device__ __forceinline__ KeySide key_side_of(const WindowAttentionParams& p, const Task& task,
+                                               int64_t problem, int part, int64_t first_key) {
+  const int64_t key = first_key + threadIdx.x % 32 / 4;
+  KeySide side{problem_at(p, problem), {}, part, {key, key + 8}, {}};
+  side.matrices = matrices_of(p, task, side.problem);
+  side.term[0] = key_term(p, side.problem, task.inverse_w, key);
+  side.term[1] = key_term(p, side.problem, task.inverse_w, key + 8);
+  return side;
+}
+
+// P^T and dS^T of a warp's keys and the queries of a tile. kAll: row sums are made here.
+template <class Math, int kDim, int kPack, bool kAll, int kTiles>
+__device__ __forceinline__ void weigh_tile(const WindowAttentionParams& p, const Task& task,
+                                           const KeySide& side, int64_t first_query, int stage,
+                                           BackwardKeysShared<Math, kDim, kPack>& s,
+                                           float (&weights)[kTiles][4],
+                                           float (&dlogits)[kTiles][4]) {
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int first = side.part * kTiles * 8;  // of the problem's rows
+  multiply_rows<Math>(weights, &s.k[warp * 16], &s.q[stage][first]);
+  multiply_rows<Math>(dlogits, &s.v[warp * 16], &s.grad[stage][first]);
+  each_pair(weights, [&](float& x, int, int) { x *= task.scale; });
+  if (p.qk_l2norm) {
+    each_pair(weights, [&](float& x, int i, int column) {
+      x *= s.q_inverse[first + column] * s.k_inverse[warp * 16 + lane / 4 + 8 * i];
+    });
+  }
+  add_terms(
+      p, task, side.matrices, weights,
+      [&](int i, int column) { return Pair<int>{s.q_term[first + column], side.term[i]}; },
+      [&](int i, int column) {
+        return Pair<int64_t>{clamped(first_query + column, p.nq), clamped(side.key[i], p.nk)};
+      });
+  each_pair(weights, [&](float& x, int i, int column) {
+    x = side.key[i] < p.nk ? weight_of(x, s.lse[first + column]) : 0.0f;
+  });
+  if constexpr (kAll) sum_rows<Math, kDim, kPack>(weights, dlogits, s);
+  each_pair(weights, [&](float& x, int, int column) { x *= s.normaliser[first + column]; });
+  each_pair(dlogits, [&](float& x, int, int column) { x -= s.delta[first + column]; });
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) dlogits[n][e] *= weights[n][e];
+  }
+}
+
+// A thread's share of the scale's gradient, the sum of dS times the products that the scale
+// multiplies. These are made again: the roundings of dS in dQ would not cancel as those sums do.
+template <class Math, int kDim, int kPack, int kTiles>
+__device__ __forceinline__ float scale_gradient(const WindowAttentionParams& p, const KeySide& side,
+                                                int stage,
+                                                const BackwardKeysShared<Math, kDim, kPack>& s,
+                                                const float (&dlogits)[kTiles][4]) {
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int first = side.part * kTiles * 8;
+  float products[kTiles][4] = {};
+  multiply_rows<Math>(products, &s.k[warp * 16], &s.q[stage][first]);
+  if (p.qk_l2norm) {
+    each_pair(products, [&](float& x, int i, int column) {
+      x *= s.q_inverse[first + column] * s.k_inverse[warp * 16 + lane / 4 + 8 * i];
+    });
+  }
+  float sum = 0.0f;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum += products[n][e] * dlogits[n][e];
+  }
+  return sum;
+}
+
 // kAll: all keys of a problem are in the block, which makes dQ too.
 template <class Math, int kDim, int kPack, bool kAll>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads,
+                                  kDim == 32 && sizeof(typename Math::Element) == 2 ? 3 : 2)
     window_attention_backward_keys(const __grid_constant__ WindowAttentionParams p,
                                    const __grid_constant__ WindowAttentionCudaBackwardPlan plan,
                                    float* workspace) {
@@ -334,43 +423,25 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int part = warp * kPack / kWarps;  // which of the problems side by side
+  const int part = warp * kPack / kWarps;
   const int64_t first_key = key_tile * kKeys;
-  const int64_t key[2] = {first_key + warp * 16 % kKeys + lane / 4,
-                          first_key + warp * 16 % kKeys + lane / 4 + 8};
-  float* bias = nullptr;
-  if (plan.bias >= 0) {
-    bias =
-        workspace + plan.bias + ((walk.chunk * kPack + part) * p.heads + task.head) * p.nq * p.nk;
-  }
-  float* pads = nullptr;
-  if (plan.pads >= 0) {
-    const int64_t pad_part = (walk.chunk * plan.key_tiles + key_tile) * kWarps + warp;
-    pads = workspace + plan.pads + (pad_part * p.heads + task.head) * 2 * p.head_dim;
-  }
-
   float scale_sum = 0.0f;
   for (int64_t first = walk.first; first < task.behind; first += kPack) {
     const bool adds = first != walk.first;
-    const Problem problem = problem_at(p, first + part);
-    const Matrices matrices = matrices_of(p, task, problem);
+    const KeySide side = key_side_of(p, task, first + part, part, first_key + warp * 16 % kKeys);
     load_keys<Math, kDim, Shared::kKeys, kPack>(p, plan, task, first, first_key, s.k, s.v);
     load_queries<Math, kDim, Shared::kRows, kPack, true>(p, plan, task, first, first_tile * kRows,
                                                          s.q[0], s.grad[0]);
     ptx::cp_async_commit();
-    const int k_term[2] = {key_term(p, problem, task.inverse_w, key[0]),
-                           key_term(p, problem, task.inverse_w, key[1])};
     float dk[kDim / 8][4] = {};
     float dv[kDim / 8][4] = {};
     int stage = 0;
     for (int64_t tile = first_tile; tile < last_tile; ++tile) {
       const int64_t first_query = tile * kRows;
-      if (kStages == 2 && tile + 1 < last_tile) {
+      if (kStages == 2 ? tile + 1 < last_tile : tile > first_tile) {
+        const int next = (kStages - 1) * (1 - stage);
         load_queries<Math, kDim, Shared::kRows, kPack, true>(
-            p, plan, task, first, first_query + kRows, s.q[1 - stage], s.grad[1 - stage]);
-      } else if (kStages == 1 && tile > first_tile) {
-        load_queries<Math, kDim, Shared::kRows, kPack, true>(p, plan, task, first, first_query,
-                                                             s.q[0], s.grad[0]);
+            p, plan, task, first, first_query + (kStages - 1) * kRows, s.q[next], s.grad[next]);
       }
       ptx::cp_async_commit();
       describe_queries<Math, kDim, kPack, kAll>(p, plan, task, first, first_query, workspace, s);
@@ -384,66 +455,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 
       float weights[kRows / 8][4] = {};
       float dlogits[kRows / 8][4] = {};
-#pragma unroll
-      for (int c = 0; c < kDim; c += Math::kStep) {
-        uint32_t k[4], v[4];
-        load_a<Math>(k, &s.k[warp * 16], c);
-        load_a<Math>(v, &s.v[warp * 16], c);
-#pragma unroll
-        for (int n = 0; n < kRows; n += 16) {
-          uint32_t b[4];
-          load_b<Math>(b, &s.q[stage][part * kRows + n], c);
-          Math::mma(weights[n / 8], k, b[0], b[1]);
-          Math::mma(weights[n / 8 + 1], k, b[2], b[3]);
-          load_b<Math>(b, &s.grad[stage][part * kRows + n], c);
-          Math::mma(dlogits[n / 8], v, b[0], b[1]);
-          Math::mma(dlogits[n / 8 + 1], v, b[2], b[3]);
-        }
+      weigh_tile<Math, kDim, kPack, kAll>(p, task, side, first_query, stage, s, weights, dlogits);
+      multiply_summed_rows<Math>(dv, weights, &s.grad[stage][part * kRows]);
+      multiply_summed_rows<Math>(dk, dlogits, &s.q[stage][part * kRows],
+                                 p.qk_l2norm ? &s.q_inverse[part * kRows] : nullptr);
+      if (plan.bias >= 0) {
+        const int64_t bias_part = (walk.chunk * kPack + part) * p.heads + task.head;
+        add_bias_gradient(p, workspace + plan.bias + bias_part * p.nq * p.nk, adds, first_query,
+                          side.key, dlogits);
       }
-      each_pair(weights, [&](float& x, int, int) { x *= task.scale; });
-      if (p.qk_l2norm) {
-        each_pair(weights, [&](float& x, int i, int column) {
-          x *= s.q_inverse[part * kRows + column] * s.k_inverse[warp * 16 + lane / 4 + 8 * i];
-        });
-      }
-      add_terms(
-          p, task, matrices, weights,
-          [&](int i, int column) { return Pair<int>{s.q_term[part * kRows + column], k_term[i]}; },
-          [&](int i, int column) {
-            return Pair<int64_t>{clamped(first_query + column, p.nq), clamped(key[i], p.nk)};
-          });
-      each_pair(weights, [&](float& x, int i, int column) {
-        x = key[i] < p.nk ? weight_of(x, s.lse[part * kRows + column]) : 0.0f;
-      });
-      if constexpr (kAll) sum_rows<Math, kDim, kPack>(weights, dlogits, s);
-      each_pair(weights,
-                [&](float& x, int, int column) { x *= s.normaliser[part * kRows + column]; });
-#pragma unroll
-      for (int n = 0; n < kRows / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float delta = s.delta[part * kRows + n * 8 + lane % 4 * 2 + e % 2];
-          dlogits[n][e] = weights[n][e] * (dlogits[n][e] - delta);
-        }
-      }
-      if (bias != nullptr) add_bias_gradient(p, bias, adds, first_query, key, dlogits);
-
-#pragma unroll
-      for (int n = 0; n < kRows; n += Math::kStep) {
-        uint32_t w[4], ds[4];
-        Math::pack(w, weights, n / 8);
-        Math::pack(ds, dlogits, n / 8);
-#pragma unroll
-        for (int c = 0; c < kDim; c += 16) {
-          uint32_t b[4];
-          Math::load_summed_rows(b, &s.grad[stage][part * kRows + n], c);
-          Math::mma(dv[c / 8], w, b[0], b[1]);
-          Math::mma(dv[c / 8 + 1], w, b[2], b[3]);
-          Math::load_summed_rows(b, &s.q[stage][part * kRows + n], c);
-          if (p.qk_l2norm) Math::scale_rows(b, &s.q_inverse[part * kRows + n]);
-          Math::mma(dk[c / 8], ds, b[0], b[1]);
-          Math::mma(dk[c / 8 + 1], ds, b[2], b[3]);
-        }
+      if (plan.scale >= 0) {
+        scale_sum += scale_gradient<Math, kDim, kPack>(p, side, stage, s, dlogits);
       }
       if constexpr (kAll) {
 #pragma unroll
@@ -456,21 +478,23 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
         __syncthreads();
-        scale_sum +=
-            tile_dq<Math, kDim, kPack>(p, plan, walk, problem, first_query, stage, s, workspace);
+        tile_dq<Math, kDim, kPack>(p, plan, walk, side.problem, first_query, stage, s, workspace);
       }
       __syncthreads();
       stage = kStages - 1 - stage;
     }
-    finish_keys<Math, kDim, kPack>(p, plan, walk, problem, split, key, s, dk, dv, pads, adds,
-                                   workspace);
+    float* pads = nullptr;
+    if (plan.pads >= 0) {
+      const int64_t pad_part = (walk.chunk * plan.key_tiles + key_tile) * kWarps + warp;
+      pads = workspace + plan.pads + (pad_part * p.heads + task.head) * 2 * p.head_dim;
+    }
+    finish_keys<Math, kDim, kPack>(p, plan, walk, side.problem, split, side.key, s, dk, dv, pads,
+                                   adds, workspace);
     __syncthreads();
   }
-  if constexpr (kAll) {
-    if (plan.scale >= 0) {
-      write_scale(p, plan, walk.chunk * plan.q_splits + split, task.head, scale_sum, s.scale,
-                  workspace);
-    }
+  if (plan.scale >= 0) {
+    const int64_t scale_part = (walk.chunk * plan.key_tiles + key_tile) * plan.q_splits + split;
+    write_scale(scale_sum, s.scale, workspace + plan.scale + scale_part * p.heads + task.head);
   }
 }
 

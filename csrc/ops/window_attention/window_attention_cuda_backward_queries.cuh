@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// dQ and the gradient of the scale where keys need several blocks, and the row sums that the kernel
-// for keys reads.
+// dQ where keys need several blocks, and the row sums that the kernel for keys reads.
 //
 // A block of 4 warps takes 64 queries of one problem and head, a warp 16 of them, and goes twice
 // over the keys, which come in tiles through two stages of asynchronous copies (one for 128 float32
@@ -29,7 +28,6 @@ struct BackwardQueriesShared {
   float q_inverse[kQueries];
   float k_inverse[kKeys];
   int key_term[kKeys];
-  float scale[kWarps];
 };
 
 // A thread's two rows: their queries and sums over keys.
@@ -79,25 +77,10 @@ __device__ __forceinline__ void weigh_stage(const WindowAttentionParams& p, cons
                                             const BackwardQueriesShared<Math, kDim>& s,
                                             float (&weights)[kBackwardRows<Math, kDim, 1> / 8][4],
                                             float (&dlogits)[kBackwardRows<Math, kDim, 1> / 8][4]) {
-  constexpr int kKeys = kBackwardRows<Math, kDim, 1>;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int c = 0; c < kDim; c += Math::kStep) {
-    uint32_t q[4], grad[4];
-    load_a<Math>(q, &s.q[warp * 16], c);
-    load_a<Math>(grad, &s.grad[warp * 16], c);
-#pragma unroll
-    for (int n = 0; n < kKeys; n += 16) {
-      uint32_t b[4];
-      load_b<Math>(b, &s.k[stage][n], c);
-      Math::mma(weights[n / 8], q, b[0], b[1]);
-      Math::mma(weights[n / 8 + 1], q, b[2], b[3]);
-      load_b<Math>(b, &s.v[stage][n], c);
-      Math::mma(dlogits[n / 8], grad, b[0], b[1]);
-      Math::mma(dlogits[n / 8 + 1], grad, b[2], b[3]);
-    }
-  }
+  multiply_rows<Math>(weights, &s.q[warp * 16], &s.k[stage][0]);
+  multiply_rows<Math>(dlogits, &s.grad[warp * 16], &s.v[stage][0]);
   each_pair(weights, [&](float& x, int, int) { x *= task.scale; });
   if (p.qk_l2norm) {
     each_pair(weights, [&](float& x, int i, int column) {
@@ -116,7 +99,7 @@ __device__ __forceinline__ void weigh_stage(const WindowAttentionParams& p, cons
 }
 
 template <class Math, int kDim>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kDim == 32 ? 3 : 2)
     window_attention_backward_queries(const __grid_constant__ WindowAttentionParams p,
                                       const __grid_constant__ WindowAttentionCudaBackwardPlan plan,
                                       float* workspace) {
@@ -127,8 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Shared& s = *reinterpret_cast<Shared*>(memory);
 
   const int64_t block = blockIdx.x;
-  const int64_t q_block = block % plan.q_blocks;
-  const int64_t first_query = q_block * kQueries;
+  const int64_t first_query = block % plan.q_blocks * kQueries;
   const Walk walk =
       walk_of(p, plan, block / plan.q_blocks / p.heads, block / plan.q_blocks % p.heads,
               reinterpret_cast<float*>(memory + sizeof(Shared)));
@@ -137,7 +119,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
 
-  float scale_sum = 0.0f;
   for (int64_t index = walk.first; index < task.behind; ++index) {
     const Problem problem = problem_at(p, index);
     const Matrices matrices = matrices_of(p, task, problem);
@@ -189,19 +170,8 @@ __global__ void __launch_bounds__(kThreads, 2)
             dlogits[n][e] = weights[n][e] * rows.normaliser[i] * (dlogits[n][e] - rows.delta[i]);
           }
         }
-#pragma unroll
-        for (int n = 0; n < kKeys; n += Math::kStep) {
-          uint32_t a[4];
-          Math::pack(a, dlogits, n / 8);
-#pragma unroll
-          for (int c = 0; c < kDim; c += 16) {
-            uint32_t b[4];
-            Math::load_summed_rows(b, &s.k[stage][n], c);
-            if (p.qk_l2norm) Math::scale_rows(b, &s.k_inverse[n]);
-            Math::mma(dq[c / 8], a, b[0], b[1]);
-            Math::mma(dq[c / 8 + 1], a, b[2], b[3]);
-          }
-        }
+        multiply_summed_rows<Math>(dq, dlogits, &s.k[stage][0],
+                                   p.qk_l2norm ? s.k_inverse : nullptr);
       }
       __syncthreads();
       stage = kStages - 1 - stage;
@@ -210,20 +180,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = warp * 16 + lane / 4 + 8 * i;
-      if (p.qk_l2norm || plan.scale >= 0) {
-        const float along = along_row<Math>(dq, i, s.q[row]);
-        scale_sum += p.qk_l2norm ? along * s.q_inverse[row] : along;
-        if (p.qk_l2norm) {
-          normalise_backward<Math>(dq, i, s.q[row], s.q_inverse[row], ptx::lanes_sum<4>(along));
-        }
+      if (p.qk_l2norm) {
+        const float along = ptx::lanes_sum<4>(along_row<Math>(dq, i, s.q[row]));
+        normalise_backward<Math>(dq, i, s.q[row], s.q_inverse[row], along);
       }
       write_dq<Math>(p, plan, walk, problem, rows.token[i], 0, dq, i, workspace);
     }
     __syncthreads();
-  }
-  if (plan.scale >= 0) {
-    write_scale(p, plan, walk.chunk * plan.q_blocks + q_block, task.head, scale_sum, s.scale,
-                workspace);
   }
 }
 

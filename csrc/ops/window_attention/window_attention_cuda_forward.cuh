@@ -167,19 +167,7 @@ __global__ void __launch_bounds__(kThreads, kDim == 32 ? 3 : 2)
       }
 
       float logits[kKeys / 8][4] = {};
-#pragma unroll
-      for (int c = 0; c < kDim; c += Math::kStep) {
-        uint32_t a[4];
-        load_a<Math>(a, &s.q[query_stage][warp * 16], c);
-#pragma unroll
-        for (int n = 0; n < kKeys; n += 16) {
-          uint32_t b[4];
-          load_b<Math>(b, &s.k[stage][part * kKeys + n], c);
-          Math::mma(logits[n / 8], a, b[0], b[1]);
-          Math::mma(logits[n / 8 + 1], a, b[2], b[3]);
-        }
-      }
-
+      multiply_rows<Math>(logits, &s.q[query_stage][warp * 16], &s.k[stage][part * kKeys]);
       each_pair(logits, [&](float& x, int, int) { x *= task.scale; });
       if (p.qk_l2norm) {
         each_pair(logits, [&](float& x, int i, int column) {
@@ -199,18 +187,7 @@ __global__ void __launch_bounds__(kThreads, kDim == 32 ? 3 : 2)
       });
       softmax_step(logits, top, sum, out);
 
-#pragma unroll
-      for (int n = 0; n < kKeys; n += Math::kStep) {
-        uint32_t a[4];
-        Math::pack(a, logits, n / 8);
-#pragma unroll
-        for (int c = 0; c < kDim; c += 16) {
-          uint32_t b[4];
-          Math::load_summed_rows(b, &s.v[stage][part * kKeys + n], c);
-          Math::mma(out[c / 8], a, b[0], b[1]);
-          Math::mma(out[c / 8 + 1], a, b[2], b[3]);
-        }
-      }
+      multiply_summed_rows<Math>(out, logits, &s.v[stage][part * kKeys]);
       __syncthreads();
       stage = 1 - stage;
     }

@@ -175,5 +175,46 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], const typename Math::El
   ptx::ldmatrix_x4(b, ptx::shared_address(&rows[row][c + lane / 8 % 2 * Math::kChunk]));
 }
 
+// c += A B^T over all channels, for 16 rows of A and 8 kTiles rows of B.
+template <class Math, int kTiles, int kLd>
+__device__ __forceinline__ void multiply_rows(float (&c)[kTiles][4],
+                                              const typename Math::Element (*a_rows)[kLd],
+                                              const typename Math::Element (*b_rows)[kLd]) {
+#pragma unroll
+  for (int channel = 0; channel < kLd - Math::kChunk; channel += Math::kStep) {
+    uint32_t a[4];
+    load_a<Math>(a, a_rows, channel);
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      uint32_t b[4];
+      load_b<Math>(b, b_rows + n * 8, channel);
+      Math::mma(c[n], a, b[0], b[1]);
+      Math::mma(c[n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// out += x B for accumulators x of 16 rows and 8 kTiles columns, and as many rows of B, each of
+// them multiplied by its factor where there are factors. Columns are channels [0, 8 kOutTiles).
+template <class Math, int kTiles, int kOutTiles, int kLd>
+__device__ __forceinline__ void multiply_summed_rows(float (&out)[kOutTiles][4],
+                                                     const float (&x)[kTiles][4],
+                                                     const typename Math::Element (*b_rows)[kLd],
+                                                     const float* factors = nullptr) {
+#pragma unroll
+  for (int n = 0; n < kTiles * 8; n += Math::kStep) {
+    uint32_t a[4];
+    Math::pack(a, x, n / 8);
+#pragma unroll
+    for (int c = 0; c < kOutTiles; c += 2) {
+      uint32_t b[4];
+      Math::load_summed_rows(b, b_rows + n, c * 8);
+      if (factors != nullptr) Math::scale_rows(b, factors + n);
+      Math::mma(out[c], a, b[0], b[1]);
+      Math::mma(out[c + 1], a, b[2], b[3]);
+    }
+  }
+}
+
 }  // namespace cuda
 }  // namespace fastbb

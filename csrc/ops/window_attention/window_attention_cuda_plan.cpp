@@ -95,7 +95,7 @@ int64_t take_parts(WindowAttentionCudaBackwardPlan& plan, bool needed, WindowCud
 void plan_sums(const WindowAttentionParams& p, WindowAttentionCudaBackwardPlan& plan) {
   const WindowAttentionGradients& g = p.grad;
   const int64_t h = p.heads, d = p.head_dim;
-  const int64_t scale_parts = plan.chunks * (plan.one_kernel ? plan.q_splits : plan.q_blocks);
+  const int64_t scale_parts = plan.chunks * plan.key_tiles * plan.q_splits;
   const int64_t pad_parts = plan.chunks * plan.key_tiles * (kWindowCudaThreads / 32);
   plan.row_sums = take(plan, !plan.one_kernel, p.batch * windows_of(p) * h * p.nq * 2);
   plan.dense_bias = take(plan, g.dtable != nullptr, h * p.nq * p.nk);
