@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbb._console import Progress
+from fastbb._console import Progress, WrongResult
 from fastbb.bench import peers
 from fastbb.bench.peers import LayerInputs
 from fastbb.bench.roofline import Roofline, measure_roofline
@@ -34,10 +34,6 @@ their largest element."""
 
 BF16_FACTOR = 2.0
 """fastbb's bfloat16 result may be this many times further from the float32 result than eager's."""
-
-
-class WrongResult(RuntimeError):
-    """A candidate's output is not the peers'; nothing of it is timed."""
 
 
 @dataclass(frozen=True)

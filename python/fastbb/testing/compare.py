@@ -200,6 +200,8 @@ def _compare_vectors(got: Tensor, want: Tensor, bounds: Bounds, name: str, floor
     if n == 0:
         return 0.0
     error = got - want
+    if not error.any():
+        return 0.0
     size = max(want.norm().item() / math.sqrt(n), floor)
     if size == 0.0:
         return 0.0

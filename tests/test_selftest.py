@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastbb selftest`: on the CPU as it is, and its CUDA path with a pretended device on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fastbb
+from fastbb import cuda_facts, selftest
+from fastbb._console import Progress, UsageError
+from fastbb.cli import main
+from fastbb.ops import _cuda
+from fastbb.selftest.checks import CHECKS, Job
+from fastbb.selftest.targets import CudaTarget, cuda_targets
+from fastbb.testing import CUDA_KINDS, SAMPLES
+
+SOME = ("odd", "swin", "gcvit_global_padded_packed", "l2norm_zero_rows", "expanded")
+
+
+class PretendedCuda:
+    """What the self-test uses of `torch.cuda`, for tensors on the CPU, where nothing is late."""
+
+    def __init__(self) -> None:
+        self.broken = False
+        self.asleep: Callable[[], None] = lambda: None
+        self.inside = False
+
+    def synchronize(self, device: torch.device) -> None:
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def Stream(self, device: torch.device) -> str:
+        return f"a stream of {device}"
+
+    @contextlib.contextmanager
+    def stream(self, stream: str) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False
+
+    def _sleep(self, cycles: int) -> None:
+        assert cycles > 0 and self.inside
+        self.asleep()
+
+
+@pytest.fixture
+def cuda() -> PretendedCuda:
+    return PretendedCuda()
+
+
+def no_reasons(op: str) -> list[str]:
+    return []
+
+
+def run(
+    cuda: PretendedCuda, op: str, cases: tuple[str, ...], reasons: Any = no_reasons
+) -> list[selftest.Row]:
+    target = CudaTarget(torch.device("cpu"), cuda, reasons)
+    return selftest.run(selftest.Options((op,), cases), [target], Progress())
+
+
+# On the CPU
+
+
+def test_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "report.json"
+    assert main(["selftest", "--case", ",".join(SOME), "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    saved = json.loads(file.read_text())
+    levels = fastbb.isa_levels()
+    assert len(saved["rows"]) == len(CHECKS) * 3 * len(levels)
+    for row in saved["rows"]:
+        assert row["cases"] == (1 if row["op"] == "null" else 4)
+        assert 0 <= row["worst"] <= 1 and not row["failures"] and not row["note"]
+        assert bool(row["worst_case"]) == (row["op"] != "null"), "copies are exact"
+    assert {row["target"] for row in saved["rows"]} == set(levels)
+    assert saved["machine"]["torch"] == torch.__version__
+    for fact in (fastbb.__version__, torch.__version__, saved["machine"]["date"], "all passed"):
+        assert fact in out
+
+
+def test_every_operator_is_tested() -> None:
+    assert {f"fastbb::{op}" for op in CHECKS} == set(SAMPLES)
+    for op, check in CHECKS.items():
+        assert op in check.kernels
+        names = {sample.name for sample in SAMPLES[f"fastbb::{op}"]("cpu", torch.float32)}
+        assert {sample.name for sample in check.samples("cpu", torch.float32)} == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--op", "conv"], "--op must be among null, window_attention,"),
+        (["--case", "swin,no_such_case"], "--case 'no_such_case' is the name of no sample"),
+        (["--op", "null", "--case", "swin"], "--case 'swin' is the name of no sample"),
+    ],
+)
+def test_requests_that_cannot_be_served(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["selftest", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selftest", "--cuda"]) == 2
+    err = capsys.readouterr().err
+    built = fastbb.build_info()["cuda"]
+    assert ("torch finds no CUDA device" if built else "this build has no CUDA kernels") in err
+    assert "torch says:" in err
+
+
+PLANTED = {
+    "result": ("window_attention", "out", r"out\["),
+    "log-sum-exp": ("window_attention", "lse", r"lse\["),
+    "gradient": ("window_attention_backward", "bias_table", r"dbias_table\["),
+    "copy": ("null", "out", r"out\["),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_planted_errors_are_found(
+    what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    op, key, message = PLANTED[what]
+    right = Job.run
+
+    def wrong(job: Job) -> dict[str, torch.Tensor]:
+        outputs = dict(right(job))
+        outputs[key] = outputs[key].clone()
+        outputs[key].view(-1)[3] += 0.05 * outputs[key].abs().max()
+        return outputs
+
+    monkeypatch.setattr(Job, "run", wrong)
+    case = "odd" if op == "null" else "swin"
+    assert main(["selftest", "--op", f"fastbb::{op}", "--case", case]) == 1
+    out, err = capsys.readouterr()
+    count = 3 * len(fastbb.isa_levels())
+    assert f"WRONG RESULT: {count} cases, {count} failed" in err
+    assert f"FAILED {op}, bf16, baseline:\n  {case}: {message[:-2]}" in out
+
+
+def test_runs_that_differ_by_one_bit_are_found(
+    cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, calls = Job.run, iter(range(100))
+
+    def unsteady(job: Job) -> dict[str, torch.Tensor]:
+        outputs = right(job)
+        if next(calls) == 1:
+            outputs["q"].view(-1).view(torch.int32)[0] ^= 1
+        return outputs
+
+    monkeypatch.setattr(Job, "run", unsteady)
+    (row, *_) = run(cuda, "window_attention_backward", ("swin",))
+    assert row.failures == [("swin", "second run: other bits than in the first run in q")]
+
+
+# With a pretended device
+
+
+@pytest.mark.parametrize("op", CHECKS)
+def test_cuda_path(op: str, cuda: PretendedCuda) -> None:
+    """Every kind of arithmetic; on the CPU, whose kernels keep within the bounds for CUDA."""
+    rows = run(cuda, op, ("*",))
+    kinds = [kind for kind in CUDA_KINDS if kind != "tf32" or op != "null"]
+    assert [row.kind for row in rows] == kinds
+    count = len(list(SAMPLES[f"fastbb::{op}"]("cpu", torch.float32)))
+    for row in rows:
+        assert row.cases == count and not row.note
+        assert not row.failures, row.failures
+
+
+def test_tf32_is_asked_for(cuda: PretendedCuda) -> None:
+    check = CHECKS["window_attention"]
+    sample = next(check.samples("cpu", torch.float32))
+    for tf32 in (False, True):
+        job = check.job(sample, tf32)
+        names = [each.name for each in job.operator._schema.arguments]
+        given = dict(zip(names, job.args, strict=True))
+        assert given.pop("tf32") is tf32
+        assert given["swin_mask_value"] == -100.0 and given["q"] is sample.args[0]
+    assert not CHECKS["null"].has_tf32
+
+
+def test_operators_without_a_kernel_are_no_failures(cuda: PretendedCuda) -> None:
+    def reasons(op: str) -> list[str]:
+        return [f"{op} has no CUDA kernel"] if op.endswith("backward") else []
+
+    rows = run(cuda, "window_attention_backward", ("swin",), reasons)
+    assert {row.note for row in rows} == {"window_attention_backward has no CUDA kernel"}
+    assert not any(row.cases or row.failures for row in rows)
+    report = selftest.format_report(rows, {"driver": "580.65"})
+    assert "4 of 4 lines ran in part or not at all" in report
+    assert selftest.failures(rows) == 0
+
+
+@pytest.mark.parametrize("op", ["window_attention", "window_attention_backward"])
+def test_inputs_are_late_on_the_other_stream(
+    op: str, cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that does not wait for its inputs, as one on the wrong stream, is found."""
+    right = Job.run
+    cases = ["swin", "side_float64", "expanded"]
+    jobs: list[Job] = []
+    early: list[dict[str, torch.Tensor]] = []
+
+    def impatient(job: Job) -> dict[str, torch.Tensor]:
+        jobs.append(job)
+        return early[-1] if cuda.inside else right(job)
+
+    def run_early() -> None:
+        assert all(bool(x.isnan().all()) for x in jobs[-1].inputs())
+        early.append(right(jobs[-1]))
+
+    monkeypatch.setattr(Job, "run", impatient)
+    cuda.asleep = run_early
+    for row in run(cuda, op, tuple(cases)):
+        assert [case for case, _ in row.failures] == cases
+        assert all("run on another stream: other bits" in text for _, text in row.failures)
+    before = len(early)
+    cuda.asleep = lambda: early.append(right(jobs[-1]))
+    assert not any(row.failures for row in run(cuda, "null", ("no rows",)))
+    assert len(early) > before, "tensors without elements have nothing to be late"
+
+
+def test_a_lost_device_ends_the_run(cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Job.run
+    calls = 0
+
+    def crashing(job: Job) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        cuda.broken = cuda.broken or calls > 3
+        cuda.synchronize(torch.device("cpu"))
+        return right(job)
+
+    monkeypatch.setattr(Job, "run", crashing)
+    first, *others = run(cuda, "window_attention", ("swin", "pvt", "dim_64"))
+    assert first.failures[0][1].startswith("RuntimeError: CUDA error: an illegal memory access")
+    assert (first.cases, len(first.failures), first.worst) == (2, 1, float("inf"))
+    assert first.note == "stopped at pvt: the device reports errors ever since"
+    assert {row.note for row in others} == {"not run: the device was lost before"}
+    report = selftest.format_report([first, *others], {})
+    assert "2 cases, 1 failed; 4 of 4 lines" in report and "FAILED window_attention, f32" in report
+
+
+def test_an_error_that_passes_ends_nothing(
+    cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Job.run
+
+    def failing(job: Job) -> dict[str, torch.Tensor]:
+        if job.args[0].dtype == torch.float16:
+            raise RuntimeError("window_attention: too many resources")
+        return right(job)
+
+    monkeypatch.setattr(Job, "run", failing)
+    rows = run(cuda, "window_attention", ("swin", "pvt"))
+    assert [len(row.failures) for row in rows] == [0, 0, 2, 0]
+    assert all(row.cases == 2 and not row.note for row in rows)
+
+
+# Devices
+
+
+@pytest.fixture
+def two_gpus(cuda_machine: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    cuda_machine.setattr(torch.cuda, "is_available", lambda: True)
+    cuda_machine.setattr(torch.cuda, "device_count", lambda: 2)
+    return cuda_machine
+
+
+def test_all_usable_devices_are_tested(two_gpus: pytest.MonkeyPatch) -> None:
+    assert [each.name for each in cuda_targets(["null"])] == ["cuda:0", "cuda:1"]
+    _cuda._cuda_reasons.cache_clear()
+    two_gpus.setattr(_cuda, "capability_of", lambda index: ((7, 5), (8, 0))[index])
+    (target,) = cuda_targets(["null", "window_attention"])
+    assert target.name == "cuda:1" and target.reasons("null") == []
+
+
+def test_unusable_devices_say_why(two_gpus: pytest.MonkeyPatch) -> None:
+    two_gpus.setattr(_cuda, "capability_of", lambda index: ((7, 5), (7, 0))[index])
+    with pytest.raises(UsageError, match=r"capability 7\.5 is below 8\.0;.*7\.0 is below"):
+        cuda_targets(["null"])
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5", "550.54.15"),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build",
+            "580.65.06",
+        ),
+    ],
+)
+def test_driver_version(
+    text: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "version"
+    file.write_text(f"{text}\nGCC version: 12.2.0\n")
+    monkeypatch.setattr(cuda_facts, "_KERNEL_MODULE", file)
+    assert cuda_facts.driver_version() == version
+
+
+def test_driver_version_from_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_facts, "_KERNEL_MODULE", tmp_path / "missing")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cuda_facts.driver_version() == "unknown"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 570.12\necho 570.12\n")
+    tool.chmod(0o755)
+    assert cuda_facts.driver_version() == "570.12"
+
+
+def test_device_facts() -> None:
+    properties = SimpleNamespace(
+        name="NVIDIA A100", major=8, minor=0, multi_processor_count=108, total_memory=40 * 2**30
+    )
+    cuda = SimpleNamespace(get_device_properties=lambda index: properties)
+    info = cuda_facts.cuda_info([1], cuda)
+    assert info["cuda:1"]["compute capability"] == "8.0" and info["cuda:1"]["memory GiB"] == 40.0
+    assert info["CUDA of torch"] == torch.version.cuda
+    assert "cuda:1: name NVIDIA A100, compute capability 8.0" in selftest.format_report([], info)
