@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import cuda_sanitize
 import fastbb
 from fastbb import cuda_facts, selftest
 from fastbb._console import Progress, UsageError
@@ -100,7 +104,7 @@ def test_every_operator_is_tested() -> None:
     [
         (["--op", "conv"], "--op must be among null, window_attention,"),
         (["--case", "swin,no_such_case"], "--case 'no_such_case' is the name of no sample"),
-        (["--op", "null", "--case", "swin"], "--case 'swin' is the name of no sample"),
+        (["--op", "null", "--case", "swin"], "--case swin is the name of no sample of null"),
     ],
 )
 def test_requests_that_cannot_be_served(
@@ -332,3 +336,110 @@ def test_device_facts() -> None:
     assert info["cuda:1"]["compute capability"] == "8.0" and info["cuda:1"]["memory GiB"] == 40.0
     assert info["CUDA of torch"] == torch.version.cuda
     assert "cuda:1: name NVIDIA A100, compute capability 8.0" in selftest.format_report([], info)
+
+
+# compute-sanitizer
+
+
+FAKE_SANITIZER = """#!/bin/sh
+if [ "$1" = --version ]; then echo "Version 2025.3.0.0 (build 1)"; exit 0; fi
+echo "$@" >> {log}
+echo "========= COMPUTE-SANITIZER"
+echo "12 cases, all passed"
+case "$2" in
+  {failing}) echo "========= RACECHECK SUMMARY: 3 hazards displayed (3 errors)"; exit 86;;
+  *) echo "========= ERROR SUMMARY: 0 errors";;
+esac
+"""
+
+
+class Sanitizer:
+    """A compute-sanitizer in PATH that notes its arguments, and a self-test that passes."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.log = folder, folder / "log"
+        patch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+        patch.setattr(sys, "executable", str(self.script("python", "#!/bin/sh\nexit 0\n")))
+
+    def script(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return path
+
+    def install(self, failing: str = "nothing") -> None:
+        text = FAKE_SANITIZER.replace("{log}", str(self.log)).replace("{failing}", failing)
+        self.script("compute-sanitizer", text)
+
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sanitizer:
+    return Sanitizer(tmp_path, monkeypatch)
+
+
+def test_all_tools_run(sanitizer: Sanitizer, capfd: pytest.CaptureFixture[str]) -> None:
+    sanitizer.install()
+    assert cuda_sanitize.main([]) == 0
+    calls = sanitizer.calls()
+    assert [call.split()[1] for call in calls] == list(cuda_sanitize.TOOLS)
+    for call in calls:
+        assert f"--error-exitcode 86 {' '.join(cuda_sanitize.TOOLS[call.split()[1]])}" in call
+        assert ("--kernel-name kns=fastbb" in call) == (call.split()[1] != "initcheck")
+        assert "-m fastbb selftest --cuda --case odd,sliced,no rows,swin," in call
+    out = capfd.readouterr().out
+    assert "compute-sanitizer 2025.3.0.0\n  memcheck: clean: ERROR SUMMARY: 0 errors; 12 ca" in out
+
+
+def test_findings_and_silence_are_not_clean(
+    sanitizer: Sanitizer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sanitizer.install(failing="racecheck")
+    assert cuda_sanitize.main(["--tool", "memcheck", "racecheck", "--op", "null"]) == 1
+    assert sanitizer.calls()[0].endswith("--op null")
+    out = capfd.readouterr().out
+    assert "racecheck: NOT CLEAN (exit status 86): RACECHECK SUMMARY: 3 hazards displayed" in out
+    assert "  memcheck: clean" in out
+    quiet = cuda_sanitize.Outcome("memcheck", 0, "", "12 cases, all passed")
+    assert not quiet.clean
+    assert "memcheck: NOT CLEAN (exit status 0): 12 cases" in cuda_sanitize.report([quiet], "1")
+
+
+def test_sanitizer_without_a_gpu_or_without_itself(
+    sanitizer: Sanitizer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sanitizer.install()
+    sanitizer.script("python", "#!/bin/sh\necho no usable CUDA device >&2\nexit 2\n")
+    assert cuda_sanitize.main([]) == 2
+    assert "no usable CUDA device" in capfd.readouterr().err and not sanitizer.log.exists()
+    monkeypatch.setattr(cuda_sanitize, "candidates", lambda: iter([]))
+    assert cuda_sanitize.main([]) == 2
+    assert "pip install nvidia-cuda-sanitizer-api" in capfd.readouterr().err
+
+
+def test_where_the_sanitizer_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside nvcc, in both layouts, and in CUDA_HOME; the first that can be executed."""
+    for name in ("NVCC", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "cuda/bin/nvcc"))
+    home = tmp_path / "home"
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    places = [
+        home / "bin/compute-sanitizer",
+        tmp_path / "cuda/compute-sanitizer/compute-sanitizer",
+        tmp_path / "cuda/bin/compute-sanitizer",
+    ]
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("")
+        assert cuda_sanitize.find() != place, "it cannot be executed"
+        place.chmod(0o755)
+        assert cuda_sanitize.find() == place
+
+
+def test_sanitized_cases_exist() -> None:
+    names = {x.name for check in CHECKS.values() for x in check.samples("cpu", torch.float32)}
+    assert set(cuda_sanitize.CASES) <= names

@@ -68,12 +68,14 @@ def run(options: Options, targets: Sequence[Target], progress: Progress) -> list
 
 
 def _check_cases(options: Options) -> None:
-    names = {
-        sample.name for op in options.ops for sample in CHECKS[op].samples("cpu", torch.float32)
-    }
+    names = {op: [x.name for x in CHECKS[op].samples("cpu", torch.float32)] for op in CHECKS}
+    everywhere = [name for each in names.values() for name in each]
     for pattern in options.cases:
-        if not fnmatch.filter(names, pattern):
-            raise UsageError(f"--case {pattern!r} is the name of no sample of the operators")
+        if not fnmatch.filter(everywhere, pattern):
+            raise UsageError(f"--case {pattern!r} is the name of no sample")
+    if not any(fnmatch.filter(names[op], each) for op in options.ops for each in options.cases):
+        chosen = ", ".join(options.ops)
+        raise UsageError(f"--case {', '.join(options.cases)} is the name of no sample of {chosen}")
 
 
 class _Sweep:
