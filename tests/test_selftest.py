@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import stat
@@ -238,8 +239,17 @@ def test_inputs_are_late_on_the_other_stream(
 
 
 def test_a_lost_device_ends_the_run(cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Job.run
+    """Not even tensors can be made on it."""
+    right, check = Job.run, CHECKS["window_attention"]
     calls = 0
+
+    def samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[Any]:
+        for sample in check.samples("cpu", dtype):
+            if device != "cpu":
+                cuda.synchronize(device)
+            yield sample
+
+    monkeypatch.setitem(CHECKS, "window_attention", dataclasses.replace(check, samples=samples))
 
     def crashing(job: Job) -> dict[str, torch.Tensor]:
         nonlocal calls

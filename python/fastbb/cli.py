@@ -92,7 +92,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser(
         "bench",
-        help="time the attention core of real layers against eager, SDPA and torch.compile",
+        help="time the attention core of real layers against eager, SDPA, torch.compile and others",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_bench_arguments(bench)
@@ -123,11 +123,17 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
         help="comma-separated: gcvit_xxtiny, gcvit_tiny, swin_tiny, swinv2_tiny_w8, pvt_v2_b2, "
         "swin_tiny_det (800x1344), gcvit_tiny_512",
     )
-    bench.add_argument("--dtypes", type=words, default=("fp32",), help="fp32, bf16")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    bench.add_argument("--dtypes", type=words, default=("fp32",), help="fp32, bf16, fp16")
     bench.add_argument(
         "--modes", type=words, default=("forward",), help="forward, forward+backward"
     )
-    bench.add_argument("--rounds", type=positive, default=15, help="samples per candidate")
+    bench.add_argument(
+        "--rounds",
+        type=positive,
+        default=argparse.SUPPRESS,
+        help="samples per candidate (default: 15 on the CPU, 100 on a CUDA device)",
+    )
     bench.add_argument("--json", type=Path, help="file for all numbers")
     add_common_arguments(bench)
 
@@ -179,6 +185,8 @@ def _bench(args: argparse.Namespace, progress: Progress) -> None:
     machine = machine_info()
     print(f"{machine['cpu']}: {machine['threads']} threads, {machine['isa']}")
     results = run_bench(args, progress)
+    for name, value in results.get("cuda", {}).items():
+        print(f"{name}: {value}")
     print(format_results(results))
     if args.json is not None:
         args.json.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
@@ -186,6 +194,7 @@ def _bench(args: argparse.Namespace, progress: Progress) -> None:
 
 def run_bench(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Measures what `add_bench_arguments` describes; see `bench.window_attention.run`."""
+    from fastbb.bench.machines import find_machine
     from fastbb.bench.shapes import MODELS, attention_shapes
     from fastbb.bench.window_attention import DTYPES, MODES, Options, run
 
@@ -202,9 +211,13 @@ def run_bench(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         dtypes=args.dtypes,
         modes=args.modes,
         compile=not args.no_compile,
-        rounds=args.rounds,
+        rounds=getattr(args, "rounds", None),
     )
-    return run(attention_shapes(args.models), options, progress)
+    ops = ["window_attention"]
+    if "forward+backward" in args.modes:
+        ops.append("window_attention_backward")
+    machine = find_machine(args.device, ops)
+    return run(attention_shapes(args.models), options, progress, machine)
 
 
 def _selftest(args: argparse.Namespace, progress: Progress) -> None:

@@ -29,6 +29,17 @@ def driver_version() -> str:
     return lines[0] if done.returncode == 0 and lines else "unknown"
 
 
+def why_no_device() -> list[str]:
+    """Torch's own error where it finds no device: a missing driver, an old one, a CPU build."""
+    if torch.cuda.is_available():
+        return []
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return [f"torch says: {error}"]
+    return []
+
+
 def device_facts(index: int, cuda: Any = torch.cuda) -> dict[str, Any]:
     """Name, compute capability and sizes of a device."""
     properties = cuda.get_device_properties(index)

@@ -102,19 +102,18 @@ class _Sweep:
         if not self.targets:
             return list(self.rows.values())
         dtype = self.targets[0].kinds[self.kind]
-        devices = list(dict.fromkeys(each.device for each in self.targets))
-        everywhere = zip(
-            self.check.samples("cpu", dtype),
-            *(self.check.samples(device, dtype) for device in devices),
-            strict=True,
-        )
-        for original, *copies in everywhere:
-            if not any(fnmatch.fnmatchcase(original.name, pattern) for pattern in patterns):
-                continue
-            exact = self.check.exact(original)
-            samples = dict(zip(devices, copies, strict=True))
+        # One sample per device at a time: levels of the CPU share theirs.
+        elsewhere = {x.device: self.check.samples(x.device, dtype) for x in self.targets}
+        for original in self.check.samples("cpu", dtype):
+            samples: dict[torch.device, Sample] = {}
+            chosen = any(fnmatch.fnmatchcase(original.name, pattern) for pattern in patterns)
+            exact = self.check.exact(original) if chosen else {}
             for target in self.targets:
-                if target.name not in self.lost:
+                if target.name in self.lost:
+                    continue
+                if target.device not in samples:
+                    samples[target.device] = next(elsewhere[target.device])
+                if chosen:
                     self._run_case(target, samples[target.device], exact)
             self.progress.update(original.name)
         return list(self.rows.values())
