@@ -264,6 +264,8 @@ def test_a_lost_device_ends_the_run(cuda: PretendedCuda, monkeypatch: pytest.Mon
     assert (first.cases, len(first.failures), first.worst) == (2, 1, float("inf"))
     assert first.note == "stopped at pvt: the device reports errors ever since"
     assert {row.note for row in others} == {"not run: the device was lost before"}
+    saved = selftest.to_dict([first, *others], {})
+    assert json.dumps(saved, allow_nan=False) and saved["rows"][0]["worst"] is None
     report = selftest.format_report([first, *others], {})
     assert "2 cases, 1 failed; 4 of 4 lines" in report and "FAILED window_attention, f32" in report
 

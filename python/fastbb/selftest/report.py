@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,8 +42,11 @@ def failures(rows: Sequence[Row]) -> int:
 
 
 def to_dict(rows: Sequence[Row], machine: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for `json.dumps`."""
-    return {"machine": dict(machine), "rows": [dataclasses.asdict(row) for row in rows]}
+    """The same for `json.dumps`; an infinite error, which JSON does not have, is null."""
+    plain = [dataclasses.asdict(row) for row in rows]
+    for row in plain:
+        row["worst"] = row["worst"] if math.isfinite(row["worst"]) else None
+    return {"machine": dict(machine), "rows": plain}
 
 
 def _fact(value: object) -> str:
