@@ -37,7 +37,7 @@ class Roofline:
     """bytes/s, read plus write."""
 
     def flops(self, dtype: torch.dtype) -> float:
-        """Peak of the matrix product for inputs of `dtype`; CPU kernels widen float16 to float32."""
+        """Peak of the matrix product for inputs of `dtype`; float16 is widened to float32."""
         return self.bf16_flops if dtype == torch.bfloat16 else self.fp32_flops
 
     def least_seconds(self, flops: float, bytes_moved: float, dtype: torch.dtype) -> float:
