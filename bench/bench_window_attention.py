@@ -28,7 +28,6 @@ from fastbb.bench.roofline import measure_roofline
 from fastbb.bench.shapes import AttentionShape, attention_shapes
 from fastbb.bench.tables import format_results
 from fastbb.bench.window_attention import (
-    DTYPES,
     MODES,
     OURS,
     forward_candidates,
@@ -110,7 +109,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_bench_arguments(parser)
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the JSON file")
-    parser.set_defaults(modes=MODES, dtypes=tuple(DTYPES))
+    parser.set_defaults(modes=MODES, dtypes=("fp32", "bf16"))
     return parser.parse_args(argv)
 
 

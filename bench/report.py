@@ -43,15 +43,21 @@ def report(path: Path) -> str:
     for section, show in (("models", _models), ("window_attention", _layers)):
         if section in results:
             content = results[section]
-            parts.append(f"{_machine(content['machine'])}\n\n{show(content)}")
+            parts.append(f"{_machine(content)}\n\n{show(content)}")
     return f"## {path.stem}\n\n" + "\n\n".join(parts)
 
 
-def _machine(machine: dict[str, Any]) -> str:
+def _machine(content: dict[str, Any]) -> str:
+    machine = content["machine"]
+    where = (
+        f"{machine['threads']} threads of {machine['cpus']} CPUs ({machine['cpu']}), "
+        f"level {machine['isa']}"
+    )
+    if "cuda" in content:
+        where = f"{content['roofline']['device']}, driver {content['cuda']['driver']}"
     return (
         f"Measured {machine['date'][:10]} with fastbb {machine['fastbb']['version']}, "
-        f"torch {machine['torch']}, {machine['threads']} threads of {machine['cpus']} CPUs "
-        f"({machine['cpu']}), level {machine['isa']}."
+        f"torch {machine['torch']}, {where}."
     )
 
 

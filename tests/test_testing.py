@@ -11,7 +11,17 @@ from torch import Tensor
 
 import fastbb
 from fastbb import testing
-from fastbb.testing import SAMPLES, TOLERANCES, Bounds, assert_close, assert_grad_close
+from fastbb.testing import (
+    CUDA_KINDS,
+    CUDA_TOLERANCES,
+    SAMPLES,
+    TOLERANCES,
+    Bounds,
+    OutOfBounds,
+    assert_close,
+    assert_grad_close,
+    assert_grads_close,
+)
 from fastbb.testing.window_attention import CASES, PACKED, build
 
 BF16 = TOLERANCES["fastbb::window_attention"][torch.bfloat16].forward
@@ -42,6 +52,55 @@ def test_one_wrong_element_is_named() -> None:
     wrong[2, 1, 3] += 0.01
     with pytest.raises(AssertionError, match=r"dq\[2, 1, 3\].*1 of 60 elements"):
         assert_close(wrong, x, Bounds(1e-5, 1e-5, 1.0), "dq")
+
+
+def test_share_is_the_largest_error_in_units_of_its_bound() -> None:
+    x = exact(4000)
+    near = x.clone()
+    near[7] += 0.003
+    assert assert_close(near, x, Bounds(0.0, 0.01, 1.0)) == pytest.approx(0.3)
+    assert assert_close(near, x, Bounds(0.0, 1.0, 1e-4)) == pytest.approx(
+        0.003 / x.norm().item() / 1e-4
+    )
+    assert assert_close(x, x, Bounds(0.0, 0.0, 0.0)) == 0.0
+    assert assert_close(x[:0], x[:0], Bounds(0.0, 0.0, 0.0)) == 0.0
+    for bounds, share in ((Bounds(0.0, 0.002, 1.0), 1.5), (Bounds(0.0, 0.0, 0.0), math.inf)):
+        with pytest.raises(OutOfBounds) as error:
+            assert_close(near, x, bounds)
+        assert error.value.share == pytest.approx(share)
+    with pytest.raises(OutOfBounds) as error:
+        assert_close(x[1:], x, Bounds(1.0, 1.0, 1.0))
+    assert error.value.share == math.inf
+
+
+def test_gradients_of_one_call() -> None:
+    bounds = Bounds(1e-3, 1e-3, 1e-3)
+    exact_grads = {"q": exact(40, 8), "k": exact(40, 8), "scale": torch.zeros(3).double()}
+    exact_grads["q"][3] *= 1e12
+    grads = {name: x.clone() for name, x in exact_grads.items()}
+    # What cancels is judged by the other gradients; a huge row does not hide errors of others.
+    grads["scale"] += 1e-6
+    assert 0 < assert_grads_close(grads, exact_grads, bounds) < 0.1
+    for name, row, factor in (("k", 5, 1.01), ("q", 3, 1.01), ("q", 4, 1.1)):
+        wrong = {key: x.clone() for key, x in grads.items()}
+        wrong[name][row] *= factor
+        with pytest.raises(OutOfBounds, match=f"d{name}"):
+            assert_grads_close(wrong, exact_grads, bounds)
+    with pytest.raises(OutOfBounds, match="gradients of"):
+        assert_grads_close({"q": grads["q"]}, exact_grads, bounds)
+
+
+def test_kinds_of_cuda_arithmetic() -> None:
+    """Every operator has bounds for every kind; what rounds more is allowed more."""
+    assert set(CUDA_TOLERANCES) == set(SAMPLES)
+    for op, by_kind in CUDA_TOLERANCES.items():
+        assert set(by_kind) == set(CUDA_KINDS)
+        for part in ("forward", "grad"):
+            sizes = [getattr(by_kind[kind], part) for kind in ("f32", "f16", "tf32", "bf16")]
+            assert sizes == sorted(sizes), op
+            for kind, dtype in CUDA_KINDS.items():
+                on_cpu = getattr(TOLERANCES[op][dtype], part)
+                assert getattr(by_kind[kind], part).relative_l2 >= on_cpu.relative_l2
 
 
 def test_first_wrong_element_comes_before_the_worst() -> None:

@@ -14,8 +14,8 @@ from fastbb import reference
 from fastbb.ops import window_attention
 from fastbb.reference.window_attention import window_partition, window_reverse
 from fastbb.testing import TOLERANCES, assert_close
-from fastbb.testing.window_attention import CASES, build, raw_args
-from window_oracle import gather_attention, in_float64, threads
+from fastbb.testing.window_attention import CASES, build, in_float64, raw_args
+from window_oracle import gather_attention, threads
 
 TOLERANCE = TOLERANCES["fastbb::window_attention"]
 raw_forward = torch.ops.fastbb.window_attention.default

@@ -128,10 +128,3 @@ def gather_attention(
             out[b].view(H * W, h, d)[tokens[real]] = result[real]
             lse_all[b, i][:, real] = lse[:, real]
     return out, lse_all
-
-
-def in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments in float64; pads keep the rounding to k's dtype that defines them."""
-    pads = ("k_pad", "v_pad")
-    rounded = {key: x.to(kwargs["k"].dtype) if key in pads else x for key, x in kwargs.items()}
-    return {key: x.double() if isinstance(x, Tensor) else x for key, x in rounded.items()}

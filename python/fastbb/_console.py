@@ -17,6 +17,10 @@ class UsageError(Exception):
     """A request that the command cannot serve; its text goes to the user, without a traceback."""
 
 
+class WrongResult(RuntimeError):
+    """What a command computed is wrong; its text says what."""
+
+
 def require(module: str, purpose: str) -> ModuleType:
     """Imports an optional dependency, or raises UsageError with the command that installs it."""
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `fastbb`: `demo`, `bench` and `info`.
+"""The command `fastbb`: `demo`, `bench`, `selftest` and `info`.
 
 Exit status: 0 success; 1 a result is wrong; 2 a request that cannot be served.
 """
@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastbb._console import Progress, UsageError
+from fastbb._console import Progress, UsageError, WrongResult
+from fastbb.cuda_facts import cuda_info
 from fastbb.measure import machine_info, pinned_threads
 
 
@@ -31,10 +32,6 @@ def run_command(
     name: str, function: Callable[[argparse.Namespace, Progress], None], args: argparse.Namespace
 ) -> int:
     """Runs `function` with torch's threads pinned to `args.threads`; returns the exit status."""
-    # Imported here, as the help needs none of it.
-    from fastbb.bench.window_attention import WrongResult
-    from fastbb.demo.run import WrongOutput
-
     progress = Progress()
     try:
         with pinned_threads(getattr(args, "threads", None)):
@@ -43,7 +40,7 @@ def run_command(
         progress.close()
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except (WrongOutput, WrongResult) as error:
+    except WrongResult as error:
         progress.close()
         print(f"{name}: WRONG RESULT: {error}", file=sys.stderr)
         return 1
@@ -57,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command")
     _add_demo(commands)
     _add_bench(commands)
+    _add_selftest(commands)
     info = commands.add_parser("info", help="show what was built and what this machine can run")
     info.set_defaults(function=_info)
     return parser
@@ -94,11 +92,26 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser(
         "bench",
-        help="time the attention core of real layers against eager, SDPA and torch.compile",
+        help="time the attention core of real layers against eager, SDPA, torch.compile and others",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_bench_arguments(bench)
     bench.set_defaults(function=_bench)
+
+
+def _add_selftest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    selftest = commands.add_parser(
+        "selftest",
+        help="compare every operator with its reference on this CPU or, with --cuda, on the GPUs",
+    )
+    selftest.add_argument("--cuda", action="store_true", help="on all CUDA devices, not on the CPU")
+    selftest.add_argument("--op", type=words, help="comma-separated operators; default: all")
+    selftest.add_argument(
+        "--case", type=words, default=("*",), help="comma-separated samples, with * and ?"
+    )
+    selftest.add_argument("--json", type=Path, help="file for all results")
+    selftest.add_argument("--threads", type=positive, help="of torch; default: torch's own choice")
+    selftest.set_defaults(function=_selftest)
 
 
 def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
@@ -110,11 +123,17 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
         help="comma-separated: gcvit_xxtiny, gcvit_tiny, swin_tiny, swinv2_tiny_w8, pvt_v2_b2, "
         "swin_tiny_det (800x1344), gcvit_tiny_512",
     )
-    bench.add_argument("--dtypes", type=words, default=("fp32",), help="fp32, bf16")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    bench.add_argument("--dtypes", type=words, default=("fp32",), help="fp32, bf16, fp16")
     bench.add_argument(
         "--modes", type=words, default=("forward",), help="forward, forward+backward"
     )
-    bench.add_argument("--rounds", type=positive, default=15, help="samples per candidate")
+    bench.add_argument(
+        "--rounds",
+        type=positive,
+        default=argparse.SUPPRESS,
+        help="samples per candidate (default: 15 on the CPU, 100 on a CUDA device)",
+    )
     bench.add_argument("--json", type=Path, help="file for all numbers")
     add_common_arguments(bench)
 
@@ -166,6 +185,8 @@ def _bench(args: argparse.Namespace, progress: Progress) -> None:
     machine = machine_info()
     print(f"{machine['cpu']}: {machine['threads']} threads, {machine['isa']}")
     results = run_bench(args, progress)
+    for name, value in results.get("cuda", {}).items():
+        print(f"{name}: {value}")
     print(format_results(results))
     if args.json is not None:
         args.json.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
@@ -173,6 +194,7 @@ def _bench(args: argparse.Namespace, progress: Progress) -> None:
 
 def run_bench(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Measures what `add_bench_arguments` describes; see `bench.window_attention.run`."""
+    from fastbb.bench.machines import find_machine
     from fastbb.bench.shapes import MODELS, attention_shapes
     from fastbb.bench.window_attention import DTYPES, MODES, Options, run
 
@@ -189,9 +211,31 @@ def run_bench(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         dtypes=args.dtypes,
         modes=args.modes,
         compile=not args.no_compile,
-        rounds=args.rounds,
+        rounds=getattr(args, "rounds", None),
     )
-    return run(attention_shapes(args.models), options, progress)
+    ops = ["window_attention"]
+    if "forward+backward" in args.modes:
+        ops.append("window_attention_backward")
+    machine = find_machine(args.device, ops)
+    return run(attention_shapes(args.models), options, progress, machine)
+
+
+def _selftest(args: argparse.Namespace, progress: Progress) -> None:
+    from fastbb import selftest
+
+    options = selftest.Options(cases=args.case)
+    if args.op is not None:
+        options = selftest.Options(tuple(x.removeprefix("fastbb::") for x in args.op), args.case)
+    targets = selftest.cuda_targets(list(options.ops)) if args.cuda else selftest.cpu_targets()
+    rows = selftest.run(options, targets, progress)
+    machine = machine_info()
+    if args.cuda:
+        machine |= cuda_info([each.device.index for each in targets])
+    print(selftest.format_report(rows, machine))
+    if args.json is not None:
+        args.json.write_text(json.dumps(selftest.to_dict(rows, machine), indent=1) + "\n")
+    if selftest.failures(rows):
+        raise WrongResult(selftest.summary(rows))
 
 
 def _info(args: argparse.Namespace, progress: Progress) -> None:

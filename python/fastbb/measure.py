@@ -71,9 +71,14 @@ class Timing:
         return self.spread.p50
 
 
+Timer = Callable[[Callable[[], object], int], float]
+"""(callable, number of calls) -> seconds per call."""
+
+
 def interleaved(
     candidates: Mapping[str, Callable[[], object]],
     *,
+    timer: Timer | None = None,
     rounds: int = 30,
     warmup: int = 2,
     sample_seconds: float = 0.0,
@@ -85,6 +90,7 @@ def interleaved(
 
     Args:
         candidates: name -> callable without arguments.
+        timer: measures one sample; by default `wall_seconds`.
         rounds: samples per candidate.
         warmup: untimed calls of each candidate before the first round.
         sample_seconds: a candidate faster than this is called several times per sample.
@@ -97,7 +103,8 @@ def interleaved(
         raise ValueError("interleaved: candidates must not be empty, got {}")
     if rounds < 1:
         raise ValueError(f"interleaved: rounds must be at least 1, got {rounds}")
-    calls = {name: _warm_up(fn, warmup, sample_seconds) for name, fn in candidates.items()}
+    timer = wall_seconds if timer is None else timer
+    calls = {name: _warm_up(fn, timer, warmup, sample_seconds) for name, fn in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     order = list(candidates)
     shuffle = random.Random(0).shuffle
@@ -108,7 +115,7 @@ def interleaved(
                 break
             shuffle(order)
             for name in order:
-                samples[name].append(_seconds_per_call(candidates[name], calls[name]))
+                samples[name].append(timer(candidates[name], calls[name]))
             if progress is not None:
                 progress(f"round {done + 1} of {rounds}")
     return {name: Timing(tuple(times)) for name, times in samples.items()}
@@ -120,15 +127,16 @@ def speed_up(baseline: Timing, candidate: Timing) -> Spread:
     return Spread.of([a / b for a, b in pairs])
 
 
-def _warm_up(fn: Callable[[], object], warmup: int, sample_seconds: float) -> int:
+def _warm_up(fn: Callable[[], object], timer: Timer, warmup: int, sample_seconds: float) -> int:
     """Runs the untimed calls; returns how many calls make one sample."""
     fastest = math.inf
     for _ in range(max(warmup, 1)):
-        fastest = min(fastest, _seconds_per_call(fn, 1))
+        fastest = min(fastest, timer(fn, 1))
     return max(1, math.ceil(sample_seconds / max(fastest, 1e-7)))
 
 
-def _seconds_per_call(fn: Callable[[], object], calls: int) -> float:
+def wall_seconds(fn: Callable[[], object], calls: int) -> float:
+    """Seconds per call by the clock, for what is done when it returns."""
     start = time.perf_counter()
     for _ in range(calls):
         fn()

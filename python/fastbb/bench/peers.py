@@ -18,6 +18,7 @@ table is finished on both sides, without the small MLP that timm runs in every c
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,6 +60,12 @@ class LayerInputs:
     """`[h]` factors of cosine attention; None: d**-0.5."""
     pads: Tensor | None
     """`[3, h, d]`: q, k, v of a padded token (the projection's bias); None: nothing is padded."""
+
+    def to(self, device: torch.device) -> LayerInputs:
+        """The same on another device."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: x.to(device) for name, x in given.items() if x is not None}
+        return dataclasses.replace(self, **moved)
 
 
 def make_inputs(
@@ -116,7 +123,7 @@ def fastbb_layer(shape: AttentionShape, inputs: LayerInputs) -> Tensor:
     """The fused operator from map to map: `[B, H, W, C]`."""
     q, kv = (inputs.qkv, None) if inputs.q is None else (inputs.q, inputs.qkv)
     if shape.window is None:
-        return window_attention(q, kv).unflatten(1, shape.map_size).flatten(3)
+        return window_attention(q, kv, impl="fused").unflatten(1, shape.map_size).flatten(3)
     out = window_attention(
         q,
         kv,
@@ -129,13 +136,14 @@ def fastbb_layer(shape: AttentionShape, inputs: LayerInputs) -> Tensor:
         mask="swin" if any(shape.shift) else None,
         scale=inputs.scale,
         qk_l2norm=inputs.scale is not None,
+        impl="fused",
     )
     return out.flatten(3)
 
 
 def eager_layer(shape: AttentionShape, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
     """timm's unfused path: (map `[B, H, W, C]`, windowed x)."""
-    x_windows = _partition_x(shape, inputs.x)
+    x_windows = partition_x(shape, inputs.x)
     q, k, v = _windowed_heads(shape, inputs)
     if inputs.scale is not None:
         attn = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
@@ -148,7 +156,7 @@ def eager_layer(shape: AttentionShape, inputs: LayerInputs) -> tuple[Tensor, Ten
         windows, tokens = inputs.mask.shape[:2]
         attn = attn.view(-1, windows, shape.heads, tokens, tokens)
         attn = (attn + inputs.mask[:, None]).view(-1, shape.heads, tokens, tokens)
-    return _to_map(shape, attn.softmax(-1) @ v), x_windows
+    return to_map(shape, attn.softmax(-1) @ v), x_windows
 
 
 def sdpa_layer(
@@ -158,17 +166,12 @@ def sdpa_layer(
 
     With `bias` (from `dense_bias`) the mask is not rebuilt in every call, which timm does not do.
     """
-    x_windows = _partition_x(shape, inputs.x)
-    q, k, v = _windowed_heads(shape, inputs)
-    scale = None
-    if inputs.scale is not None:
-        q = F.normalize(q, dim=-1) * inputs.scale[:, None, None]
-        k = F.normalize(k, dim=-1)
-        scale = 1.0
+    x_windows = partition_x(shape, inputs.x)
+    q, k, v, scale = scaled_heads(shape, inputs)
     if bias is None:
         bias = dense_bias(shape, inputs)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    return _to_map(shape, out), x_windows
+    return to_map(shape, out), x_windows
 
 
 def gather_bias(inputs: LayerInputs) -> Tensor:
@@ -192,7 +195,7 @@ def dense_bias(shape: AttentionShape, inputs: LayerInputs) -> Tensor | None:
     return bias + mask.reshape(-1, shape.heads, tokens, tokens)
 
 
-def _partition_x(shape: AttentionShape, x: Tensor) -> Tensor:
+def partition_x(shape: AttentionShape, x: Tensor) -> Tensor:
     """What a library does to x before its projection: `[B*nW, N, C]`."""
     if shape.window is None:
         return x
@@ -218,7 +221,19 @@ def _windowed_heads(shape: AttentionShape, inputs: LayerInputs) -> tuple[Tensor,
     return q.transpose(1, 2), k, v
 
 
-def _to_map(shape: AttentionShape, out: Tensor) -> Tensor:
+def scaled_heads(
+    shape: AttentionShape, inputs: LayerInputs
+) -> tuple[Tensor, Tensor, Tensor, float | None]:
+    """q, k, v `[problems, h, tokens, d]` and the scale of their logits (None: d**-0.5), for kernels
+    that know no factors per head: those of cosine attention are in q.
+    """
+    q, k, v = _windowed_heads(shape, inputs)
+    if inputs.scale is None:
+        return q, k, v, None
+    return F.normalize(q, dim=-1) * inputs.scale[:, None, None], F.normalize(k, dim=-1), v, 1.0
+
+
+def to_map(shape: AttentionShape, out: Tensor) -> Tensor:
     """`[problems, h, tokens, d]` -> `[B, H, W, C]`: join heads, reverse windows, crop, roll."""
     out = out.transpose(1, 2).flatten(2)
     H, W = shape.map_size

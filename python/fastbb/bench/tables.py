@@ -11,26 +11,46 @@ from fastbb._console import text_table
 from fastbb.bench.shapes import AttentionShape
 from fastbb.bench.window_attention import OURS
 
-HEADER = (
-    "layer (count)",
-    "Nq x Nk",
-    "eager ms",
-    "compile ms",
-    "SDPA ms",
-    "fastbb ms",
-    "x eager",
-    "x compile",
-    "x SDPA",
-    "GFLOP/s",
-    "% FLOP",
-    "% BW",
-    "MB eager",
-    "MB fastbb",
-)
+PEERS = {"eager": "eager", "torch.compile": "compile", "sdpa": "SDPA"}
+"""Candidate -> its name in the heading; these have columns in every table."""
+
+FURTHER_PEERS = {
+    "sdpa flash": "flash",
+    "sdpa efficient": "efficient",
+    "sdpa cudnn": "cuDNN",
+    "sdpa math": "math",
+    "flex": "Flex",
+    "xformers": "xFormers",
+}
+"""Those that have columns where they were timed."""
 
 
-def table_cells(row: dict[str, Any]) -> list[str]:
-    """Cells of `HEADER` for one row of `run`."""
+def shown_peers(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Candidate -> name in the heading, of the peers that a table of these rows shows."""
+    timed = {name for row in rows for name in row["candidates"]}
+    return PEERS | {name: title for name, title in FURTHER_PEERS.items() if name in timed}
+
+
+def table_header(shown: dict[str, str]) -> list[str]:
+    """Headings of a table of layers."""
+    return [
+        "layer (count)",
+        "Nq x Nk",
+        *_time_headings(shown),
+        "GFLOP/s",
+        "% FLOP",
+        "% BW",
+        "MB eager",
+        "MB fastbb",
+    ]
+
+
+def _time_headings(shown: dict[str, str]) -> list[str]:
+    return [*(f"{x} ms" for x in (*shown.values(), OURS)), *(f"x {x}" for x in shown.values())]
+
+
+def table_cells(row: dict[str, Any], shown: dict[str, str]) -> list[str]:
+    """Cells of `table_header` for one row of `run`."""
     shape, by_name = row["shape"], row["candidates"]
     ours, eager = by_name[OURS], by_name["eager"]
 
@@ -44,8 +64,8 @@ def table_cells(row: dict[str, Any]) -> list[str]:
     return [
         f"{shape['name']} ({shape['count']})",
         f"{nq}x{nk}",
-        *(ms(name) for name in ("eager", "torch.compile", "sdpa", OURS)),
-        *(ratio(name) for name in ("eager", "torch.compile", "sdpa")),
+        *(ms(name) for name in (*shown, OURS)),
+        *(ratio(name) for name in shown),
         f"{ours['flops_per_second'] / 1e9:.1f}",
         f"{ours['share_of_peak_flops'] * 100:.0f}",
         f"{ours['share_of_peak_bandwidth'] * 100:.0f}",
@@ -59,7 +79,7 @@ def _queries_keys(shape: dict[str, Any]) -> tuple[int, int]:
     return AttentionShape(**fields).queries_keys
 
 
-def model_totals(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+def model_totals(rows: Sequence[dict[str, Any]], shown: dict[str, str]) -> list[list[str]]:
     """All attention cores of a model in one forward: layer times multiplied by their counts."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
@@ -77,7 +97,7 @@ def model_totals(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
         ours = total(OURS)
         assert ours is not None
-        others = [total(name) for name in ("eager", "torch.compile", "sdpa")]
+        others = [total(name) for name in shown]
         lines.append(
             [
                 f"{model}, batch {batch}, {dtype}, {mode}",
@@ -88,16 +108,30 @@ def model_totals(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
-TOTALS_HEADER = (
-    "sum of the layers times their counts",
-    "eager ms",
-    "compile ms",
-    "SDPA ms",
-    "fastbb ms",
-    "x eager",
-    "x compile",
-    "x SDPA",
-)
+TOTALS_TITLE = "sum of the layers times their counts"
+
+
+def peaks_line(peak: dict[str, Any]) -> str:
+    """The peaks that shares refer to."""
+    if "device" in peak:
+        who = f"{peak['device']} ({peak['source']})"
+        half, unit = ("16-bit", peak["half_flops"]), "memory"
+    else:
+        who = f"{peak['threads']} threads"
+        half, unit = ("bf16", peak["bf16_flops"]), "copy"
+    return (
+        f"Peaks on {who}: fp32 {peak['fp32_flops'] / 1e9:.0f} GFLOP/s, "
+        f"{half[0]} {half[1] / 1e9:.0f} GFLOP/s, {unit} {peak['copy_bytes'] / 1e9:.1f} GB/s."
+    )
+
+
+def left_out_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Which further peers were not timed, on which layers and why; equal reasons in one line."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, reason in row.get("left_out", {}).items():
+            layers.setdefault((name, reason), []).append(row["shape"]["name"])
+    return [f"Not timed: {who} ({why}): {', '.join(x)}" for (who, why), x in layers.items()]
 
 
 def format_results(
@@ -105,16 +139,16 @@ def format_results(
     table: Callable[[Sequence[str], Sequence[Sequence[str]]], str] = text_table,
 ) -> str:
     """The text that `fastbb bench` prints; with `table=markdown_table`, Markdown."""
-    peak = results["roofline"]
-    parts = [
-        f"Peaks on {peak['threads']} threads: fp32 {peak['fp32_flops'] / 1e9:.0f} GFLOP/s, "
-        f"bf16 {peak['bf16_flops'] / 1e9:.0f} GFLOP/s, copy {peak['copy_bytes'] / 1e9:.1f} GB/s."
-    ]
+    parts = [peaks_line(results["roofline"])]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         groups.setdefault((row["mode"], row["batch"], row["dtype"]), []).append(row)
     for (mode, batch, dtype), rows in groups.items():
         parts.append(f"{mode}, batch {batch}, {dtype}:")
-        parts.append(table(HEADER, [table_cells(row) for row in rows]))
-    parts.append(table(TOTALS_HEADER, model_totals(results["rows"])))
+        shown = shown_peers(rows)
+        parts.append(table(table_header(shown), [table_cells(row, shown) for row in rows]))
+        parts += left_out_lines(rows)
+    shown = shown_peers(results["rows"])
+    header = [TOTALS_TITLE, *_time_headings(shown)]
+    parts.append(table(header, model_totals(results["rows"], shown)))
     return "\n\n".join(parts)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention core of real layers: fastbb against eager math, SDPA and torch.compile.
+"""The attention core of real layers: fastbb against eager math, SDPA, torch.compile and, on CUDA
+devices, FlexAttention and xFormers.
 
 `run` is what `fastbb bench` and `bench/bench_window_attention.py` execute: outputs (and
 gradients) are compared first, then all candidates of a layer are timed in turns.
@@ -10,34 +11,38 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastbb._console import Progress
+from fastbb._console import Progress, WrongResult
 from fastbb.bench import peers
+from fastbb.bench.cuda_peers import Layer
+from fastbb.bench.machines import CpuMachine, Machine
 from fastbb.bench.peers import LayerInputs
-from fastbb.bench.roofline import Roofline, measure_roofline
+from fastbb.bench.roofline import DeviceRoofline, Roofline
 from fastbb.bench.shapes import AttentionShape
-from fastbb.measure import Timing, interleaved, peak_allocated_bytes, speed_up
+from fastbb.measure import Timing, interleaved, speed_up
 
 OURS = "fastbb"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("forward", "forward+backward")
 
 FP32_TOLERANCE = 1e-4
 """Largest accepted difference of outputs, which are of order 1, and of gradients relative to
 their largest element."""
 
-BF16_FACTOR = 2.0
-"""fastbb's bfloat16 result may be this many times further from the float32 result than eager's."""
+HALF_FACTOR = 2.0
+"""fastbb's 16-bit result may be this many times further from the float32 result than eager's."""
 
+PEER_FACTOR = 4.0
+"""A further peer's result may be this many times further off than fastbb's may be; the peer is not
+timed otherwise."""
 
-class WrongResult(RuntimeError):
-    """A candidate's output is not the peers'; nothing of it is timed."""
+NO_LAYERS: Mapping[str, Layer] = {}
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,15 @@ class Options:
     modes: tuple[str, ...] = ("forward",)
     """Of `MODES`."""
     compile: bool = True
-    rounds: int = 15
-    sample_seconds: float = 0.005
+    rounds: int | None = None
+    """Samples per candidate; None: the machine's own number."""
 
 
 def forward_candidates(
-    shape: AttentionShape, inputs: LayerInputs, compile: bool = True
+    shape: AttentionShape,
+    inputs: LayerInputs,
+    compile: bool = True,
+    further: Mapping[str, Layer] = NO_LAYERS,
 ) -> dict[str, Callable[[], Tensor]]:
     """name -> callable that returns the layer's map `[B, H, W, C]`."""
 
@@ -73,11 +81,18 @@ def forward_candidates(
     if compile:
         layer = torch.compile(peers.eager_layer, dynamic=False)
         candidates["torch.compile"] = lambda: layer(shape, inputs)[0]
-    return candidates
+
+    def output_of(peer: Layer) -> Callable[[], Tensor]:
+        return lambda: peer(shape, inputs)[0]
+
+    return candidates | {name: output_of(peer) for name, peer in further.items()}
 
 
 def training_candidates(
-    shape: AttentionShape, inputs: LayerInputs, compile: bool = True
+    shape: AttentionShape,
+    inputs: LayerInputs,
+    compile: bool = True,
+    further: Mapping[str, Layer] = NO_LAYERS,
 ) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """name -> callable that returns the output and the gradients by `gradient_names`."""
     inputs = _with_gradients(inputs)
@@ -105,7 +120,7 @@ def training_candidates(
     candidates = {"eager": peer(peers.eager_layer), "sdpa": peer(peers.sdpa_layer), OURS: ours}
     if compile:
         candidates["torch.compile"] = peer(torch.compile(peers.eager_layer, dynamic=False))
-    return candidates
+    return candidates | {name: peer(layer) for name, layer in further.items()}
 
 
 def _with_gradients(inputs: LayerInputs) -> LayerInputs:
@@ -123,7 +138,7 @@ def _side_leaves(inputs: LayerInputs) -> list[Tensor]:
 
 def _like(x: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(x.shape, generator=generator).to(x.dtype)
+    return torch.randn(x.shape, generator=generator).to(x)
 
 
 def verify(
@@ -134,7 +149,7 @@ def verify(
     `results` are the candidates' returned values. Gradients, where there are any, are compared
     relative to their largest element, and count as part of the difference.
 
-    Raises: WrongResult when fastbb is further off than `FP32_TOLERANCE` or `BF16_FACTOR` allow.
+    Raises: WrongResult when fastbb is further off than `allowed_difference`.
     """
     if dtype == torch.float32:
         expected = results["eager"]
@@ -148,13 +163,18 @@ def verify(
         name: _difference(_parts(shape, name, value), _parts(shape, "eager", expected))
         for name, value in results.items()
     }
-    limit = FP32_TOLERANCE if dtype == torch.float32 else BF16_FACTOR * differences["eager"]
+    limit = allowed_difference(dtype, differences)
     if not differences[OURS] <= limit:
         raise WrongResult(
             f"{shape.name} ({dtype}): fastbb differs from float32 eager math by "
             f"{differences[OURS]:.3g}, allowed is {limit:.3g}"
         )
     return differences
+
+
+def allowed_difference(dtype: torch.dtype, differences: Mapping[str, float]) -> float:
+    """Of fastbb: `FP32_TOLERANCE`, or what `HALF_FACTOR` makes of eager's difference."""
+    return FP32_TOLERANCE if dtype == torch.float32 else HALF_FACTOR * differences["eager"]
 
 
 def _widen(inputs: LayerInputs) -> LayerInputs:
@@ -177,11 +197,11 @@ def _parts(shape: AttentionShape, name: str, value: Any) -> list[Tensor]:
         return [value.detach().float()]
     out, dqkv, *rest = (x.detach().float() for x in value)
     if shape.window is not None:
-        pads = torch.zeros(dqkv.shape[-3:])
+        pads = dqkv.new_zeros(dqkv.shape[-3:])
         if name == OURS:
             dqkv = peers.to_windows(dqkv, shape, pads)
         else:
-            real = peers.to_windows(torch.ones(out.shape[:3] + pads.shape), shape, pads)
+            real = peers.to_windows(out.new_ones(out.shape[:3] + pads.shape), shape, pads)
             dqkv = dqkv * real
     return [out, dqkv, *rest]
 
@@ -199,26 +219,35 @@ def measure_layer(
     dtype_name: str,
     mode: str,
     options: Options,
-    roofline: Roofline,
+    roofline: Roofline | DeviceRoofline,
     progress: Progress,
+    machine: Machine,
 ) -> dict[str, Any]:
     """One row: times, ratios, shares of peak and peak memory of every candidate of one layer."""
     dtype = DTYPES[dtype_name]
-    inputs = peers.make_inputs(shape, batch, dtype)
+    inputs = peers.make_inputs(shape, batch, dtype).to(machine.device)
     backward = mode == "forward+backward"
     make = training_candidates if backward else forward_candidates
     # All layers compile the same Python function, and torch stops compiling after some shapes.
     torch.compiler.reset()
+    further = machine.further_layers(options.compile)
     with torch.inference_mode(not backward):
-        candidates = make(shape, inputs, options.compile)
+        candidates: dict[str, Callable[[], Any]] = {}
+        candidates |= make(shape, inputs, options.compile, further)
         with progress.waiting("compiling and comparing"):
-            results = {name: fn() for name, fn in candidates.items()}
-        differences = verify(shape, dtype, inputs, results)
-        peaks = {name: peak_allocated_bytes(fn, warmup=0) for name, fn in candidates.items()}
+            results, left_out = _results(candidates, further)
+            differences = verify(shape, dtype, inputs, results)
+        limit = PEER_FACTOR * allowed_difference(dtype, differences)
+        for name in further:
+            if name in results and not differences[name] <= limit:
+                left_out[name] = f"differs by {differences[name]:.3g}, allowed is {limit:.3g}"
+        candidates = {name: fn for name, fn in candidates.items() if name not in left_out}
+        peaks = {name: machine.peak_bytes(fn) for name, fn in candidates.items()}
         times = interleaved(
             candidates,
-            rounds=options.rounds,
-            sample_seconds=options.sample_seconds,
+            timer=machine.seconds,
+            rounds=options.rounds or machine.rounds,
+            sample_seconds=machine.sample_seconds,
             progress=progress.update,
         )
     flops = shape.flops(batch, backward)
@@ -231,6 +260,7 @@ def measure_layer(
         "flops": flops,
         "bytes": traffic,
         "score_bytes": shape.score_elements(batch) * dtype.itemsize,
+        "left_out": left_out,
         "candidates": {
             name: _time_facts(timing, flops, traffic, dtype, roofline)
             | {
@@ -243,8 +273,28 @@ def measure_layer(
     }
 
 
+def _results(
+    candidates: Mapping[str, Callable[[], Any]], further: Mapping[str, Layer]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What every candidate returns, and why some of the further peers return nothing."""
+    results, left_out = {}, {}
+    for name, fn in candidates.items():
+        try:
+            results[name] = fn()
+        # Libraries have many errors for layers that they do not serve.
+        except Exception as error:
+            if name not in further:
+                raise
+            left_out[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return results, left_out
+
+
 def _time_facts(
-    timing: Timing, flops: int, traffic: int, dtype: torch.dtype, roofline: Roofline
+    timing: Timing,
+    flops: int,
+    traffic: int,
+    dtype: torch.dtype,
+    roofline: Roofline | DeviceRoofline,
 ) -> dict[str, Any]:
     return {
         "seconds": dataclasses.asdict(timing.spread),
@@ -254,14 +304,22 @@ def _time_facts(
     }
 
 
-def run(shapes: Sequence[AttentionShape], options: Options, progress: Progress) -> dict[str, Any]:
-    """Measures every shape at every batch size and dtype; a dict ready for `json.dumps`."""
+def run(
+    shapes: Sequence[AttentionShape],
+    options: Options,
+    progress: Progress,
+    machine: Machine | None = None,
+) -> dict[str, Any]:
+    """Measures every shape at every batch size and dtype, on the CPU or on `machine`; a dict ready
+    for `json.dumps`.
+    """
+    machine = CpuMachine() if machine is None else machine
     progress.step("measuring this machine's peaks")
-    roofline = measure_roofline()
+    roofline = machine.roofline()
     rows = []
     todo = list(itertools.product(options.modes, options.dtypes, options.batches, shapes))
     for number, (mode, dtype, batch, shape) in enumerate(todo, 1):
         progress.step(f"{number} of {len(todo)}: {shape.name}, {mode}, batch {batch}, {dtype}")
-        rows.append(measure_layer(shape, batch, dtype, mode, options, roofline, progress))
+        rows.append(measure_layer(shape, batch, dtype, mode, options, roofline, progress, machine))
     progress.close()
-    return {"roofline": roofline.to_dict(), "rows": rows}
+    return {"roofline": roofline.to_dict(), "rows": rows, **machine.facts()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbb._console import Progress
+from fastbb._console import Progress, WrongResult
 from fastbb.demo.candidates import EAGER, OURS, OURS_BF16, Candidate, build_candidates
 from fastbb.layer_time import layer_times
 from fastbb.measure import (
@@ -28,7 +28,7 @@ FP32_TOLERANCE = 1e-3
 """Largest accepted difference of float32 logits between fastbb and the library's model."""
 
 
-class WrongOutput(RuntimeError):
+class WrongOutput(WrongResult):
     """fastbb's float32 logits are not the library's; nothing is timed."""
 
 

@@ -3,8 +3,10 @@
 
 - `SAMPLES[op]` is a callable `(device, dtype, requires_grad=False, seed=0)` that yields a `Sample`
   per named case of the raw operator `op` (`"fastbb::window_attention"`).
-- `TOLERANCES[op][dtype]` has the `forward` and `grad` bounds of the operator.
-- `assert_close` and `assert_grad_close` apply them, to elements and to whole tensors.
+- `TOLERANCES[op][dtype]` has the `forward` and `grad` bounds of the operator on the CPU,
+  `CUDA_TOLERANCES[op][kind]` those of its CUDA kernels by kind of arithmetic (`CUDA_KINDS`).
+- `assert_close`, `assert_grad_close` and `assert_grads_close` apply them, to elements and to whole
+  tensors.
 
 A new operator adds a module here with its cases and bounds, and one line to each table.
 """
@@ -17,17 +19,30 @@ import torch
 
 from fastbb import config
 from fastbb.testing import null, window_attention
-from fastbb.testing.compare import Bounds, Tolerance, assert_close, assert_grad_close
+from fastbb.testing.compare import (
+    Bounds,
+    OutOfBounds,
+    Tolerance,
+    assert_close,
+    assert_grad_close,
+    assert_grads_close,
+)
+from fastbb.testing.cuda import CUDA_TOLERANCES
+from fastbb.testing.cuda import KINDS as CUDA_KINDS
 from fastbb.testing.sample import Sample
 
 __all__ = [
+    "CUDA_KINDS",
+    "CUDA_TOLERANCES",
     "SAMPLES",
     "TOLERANCES",
     "Bounds",
+    "OutOfBounds",
     "Sample",
     "Tolerance",
     "assert_close",
     "assert_grad_close",
+    "assert_grads_close",
     "isa_params",
 ]
 

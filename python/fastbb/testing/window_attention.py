@@ -427,6 +427,21 @@ def _last_dim_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments in float64, for exact results; pads keep the rounding to q's dtype that
+    defines them. Leaves that require gradients stay such leaves.
+    """
+    pads = ("k_pad", "v_pad")
+
+    def double(key: str, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        exact = x.detach().to(kwargs["q"].dtype) if key in pads else x.detach()
+        return exact.double().requires_grad_(x.requires_grad)
+
+    return {key: double(key, x) for key, x in kwargs.items()}
+
+
 def samples(
     device: str | torch.device,
     dtype: torch.dtype,

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of arithmetic of CUDA kernels, and their tolerances.
+
+Tensor cores multiply 16-bit numbers: kernels round the softmax weights, and in the backward the
+gradients of the logits too, to the inputs' type before the next product, where CPU kernels round
+results alone. tf32 rounds q, k and v as well.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastbb.testing import null, window_attention
+from fastbb.testing.compare import Bounds, Tolerance
+
+KINDS: dict[str, torch.dtype] = {
+    "f32": torch.float32,
+    "tf32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+"""Kind of arithmetic -> dtype of the tensors."""
+
+# Sums run in another order than on the CPU, over fewer and longer parts.
+_CPU = window_attention.TOLERANCES[torch.float32]
+_FLOAT32 = (_CPU.forward.times(4), _CPU.grad.times(4))
+# Twice what the largest logits of the samples (queries of unit scale) make of rounded q and k.
+_TF32 = (Bounds(8e-3, 8e-3, 2e-3), Bounds(1.6e-2, 1.6e-2, 4e-3))
+
+_WINDOW_ATTENTION = {
+    "f32": Tolerance(*_FLOAT32, *_FLOAT32),
+    "tf32": Tolerance(*_TF32, *_TF32),
+    "f16": Tolerance(Bounds(1e-3, 1e-3, 1e-3), Bounds(3e-3, 3e-3, 2e-3), *_FLOAT32),
+    "bf16": Tolerance(Bounds(8e-3, 8e-3, 8e-3), Bounds(2.5e-2, 2.5e-2, 1.6e-2), *_FLOAT32),
+}
+
+CUDA_TOLERANCES: dict[str, dict[str, Tolerance]] = {
+    "fastbb::null": {kind: null.TOLERANCES[dtype] for kind, dtype in KINDS.items()},
+    "fastbb::window_attention": _WINDOW_ATTENTION,
+    "fastbb::window_attention_backward": _WINDOW_ATTENTION,
+}
