@@ -19,7 +19,7 @@ import pytest
 
 from fastbb import _C
 from ptxsim import toolkit
-from window_attention_ptx import SOURCES, Params
+from window_attention_ptx import BACKWARD_SOURCES, SOURCES, SUMS_SOURCE, Params
 
 BUDGETS = Path(__file__).resolve().parent / "cuda_budgets.json"
 REWRITE = os.environ.get("FASTBB_REWRITE_BUDGETS") == "1"
@@ -72,8 +72,13 @@ def blocks_of(device: Device, registers: int, threads: int, shared: int) -> int:
 def registers(kind: str, arch: str) -> dict[str, int]:
     """Registers by kernel; compiling fails where one spills or uses local memory."""
     assert TOOLKIT is not None
-    log = TOOLKIT.messages(TOOLKIT.compile(SOURCES[kind], arch, "cubin", STRICT))
-    found = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
+    sources = [SOURCES[kind], BACKWARD_SOURCES[kind], *([SUMS_SOURCE] if kind == KINDS[0] else [])]
+    logs = (TOOLKIT.messages(TOOLKIT.compile(each, arch, "cubin", STRICT)) for each in sources)
+    found = [
+        each
+        for log in logs
+        for each in re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
+    ]
     names = subprocess.run(
         ["c++filt", *(name for name, _ in found)], capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -81,20 +86,32 @@ def registers(kind: str, arch: str) -> dict[str, int]:
     return {name: int(count) for name, (_, count) in zip(short, found, strict=True)}
 
 
+KERNEL = re.compile(
+    r"window_attention_(?P<what>\w+)<(?P<math>\w+), (?P<dim>\d+)"
+    r"(, (?P<pack>\d+))?(, (?P<all>\w+))?>"
+)
+
+
 def launch_of(kernel: str) -> dict[str, int]:
-    """The plan's launch of `window_attention_forward<math, dim, pack>` for windows of 7 x 7, or as
-    many tokens as fit side by side.
+    """The plan's launch for windows of 7 x 7, or as many tokens as fit side by side, or of 14 x 14
+    where a kernel serves larger windows alone.
     """
-    match = re.fullmatch(r"window_attention_forward<(\w+), (\d+), (\d+)>", kernel)
+    if kernel.startswith(("window_attention_sum<", "window_attention_collapse")):
+        return {"block": 256 if "sum" in kernel else 128, "shared_bytes": 0}
+    match = KERNEL.fullmatch(kernel)
     assert match is not None, kernel
-    side = {1: 7, 2: 5, 4: 4}[int(match[3])]
-    p = Params(dtype=MATHS[match[1]], batch=1, heads=1, head_dim=int(match[2]), table=256)
+    pack = int(match["pack"] or 1)
+    larger = match["what"] == "backward_queries" or match["all"] == "false"
+    side = 14 if larger else {1: 7, 2: 5, 4: 4}[pack]
+    p = Params(dtype=MATHS[match["math"]], batch=1, heads=1, head_dim=int(match["dim"]), table=256)
     p.map_h = p.map_w = p.window_h = p.window_w = side
     p.nq = p.nk = side**2
     p.windows_y = p.windows_x = 1
-    plan = _C.window_attention_cuda_plan(bytes(p))
-    assert (plan["dim"], plan["pack"]) == (int(match[2]), int(match[3]))
-    return plan["forward"]
+    backward = match["what"].startswith("backward_")
+    plan_of = _C.window_attention_cuda_backward_plan if backward else _C.window_attention_cuda_plan
+    plan = plan_of(bytes(p))
+    assert (plan["dim"], plan["pack"]) == (int(match["dim"]), pack)
+    return plan[match["what"].removeprefix("backward_")]
 
 
 def measured(kind: str, arch: str) -> dict[str, dict[str, int]]:

@@ -99,7 +99,7 @@ __device__ __forceinline__ void weigh_stage(const WindowAttentionParams& p, cons
 }
 
 template <class Math, int kDim>
-__global__ void __launch_bounds__(kThreads, kDim == 32 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     window_attention_backward_queries(const __grid_constant__ WindowAttentionParams p,
                                       const __grid_constant__ WindowAttentionCudaBackwardPlan plan,
                                       float* workspace) {

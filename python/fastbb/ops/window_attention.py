@@ -121,8 +121,7 @@ def window_attention(
     check_float(OP, "mask_value", mask_value)
     check_bool(OP, "qk_l2norm", qk_l2norm)
     _check(q, k, v, size, offset, pad_mode, k_pad, v_pad, bias_table, bias, dense_mask, swin, scale)
-    sides = (k_pad, v_pad, bias_table, bias, scale)
-    if use_kernel(OP, impl, can_run(q, k, v, *sides)):
+    if use_kernel(OP, impl, can_run(q, k, v)):
         scale_tensor = scale.flatten() if isinstance(scale, Tensor) else None
         factor = scale if isinstance(scale, (int, float)) else k.shape[-1] ** -0.5
         return torch.ops.fastbb.window_attention.default(
@@ -159,15 +158,9 @@ def window_attention(
     )
 
 
-def can_run(q: Tensor, k: Tensor, v: Tensor, *sides: Any) -> list[str]:
-    """Reasons why the fused kernel cannot serve these (valid) tensors; empty when it can.
-
-    `sides` are further arguments that may ask for gradients.
-    """
+def can_run(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    """Reasons why the fused kernel cannot serve these (valid) tensors; empty when it can."""
     reasons = kernel_reasons(OP, q)
-    given = (x for x in (q, k, v, *sides) if isinstance(x, Tensor))
-    if k.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        reasons.append("gradients have no CUDA kernel")
     if k.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head dim {k.shape[-1]} is above {MAX_HEAD_DIM}")
     return reasons

@@ -111,6 +111,8 @@ CASES: dict[str, Case] = {
     "full_bias_mask": Case(nq=13, nk=21, bias="dense", mask=2, scale=0.3),
     "full_one_mask": Case(nq=7, nk=10, mask=1, scale="per_head", batch=3, difficulty=3.0),
     "full_l2norm": Case(nq=6, nk=17, l2norm=True, scale="per_head", difficulty=30.0),
+    "full_l2norm_queries": Case(nq=100, nk=17, l2norm=True, scale="per_head", difficulty=30.0),
+    "full_l2norm_keys": Case(nq=6, nk=100, l2norm=True, scale="per_head", difficulty=30.0),
     "full_long_keys_bias": Case(
         nq=3, nk=2100, heads=1, batch=2, dim=10, bias="dense", mask=2, layout="transposed"
     ),
