@@ -341,7 +341,10 @@ __device__ __forceinline__ void weigh_tile(const WindowAttentionParams& p, const
                                            float (&dlogits)[kTiles][4]) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int first = side.part * kTiles * 8;  // of the problem's rows
+  constexpr int kQueries = kTiles * 8;
+  const int first = side.part * kQueries;  // of the problem's rows
+  const int64_t left = p.nq - first_query;
+  const int queries = static_cast<int>(left < kQueries ? left : kQueries);
   multiply_rows<Math>(weights, &s.k[warp * 16], &s.q[stage][first]);
   multiply_rows<Math>(dlogits, &s.v[warp * 16], &s.grad[stage][first]);
   each_pair(weights, [&](float& x, int, int) { x *= task.scale; });
@@ -353,9 +356,8 @@ __device__ __forceinline__ void weigh_tile(const WindowAttentionParams& p, const
   add_terms(
       p, task, side.matrices, weights,
       [&](int i, int column) { return Pair<int>{s.q_term[first + column], side.term[i]}; },
-      [&](int i, int column) {
-        return Pair<int64_t>{clamped(first_query + column, p.nq), clamped(side.key[i], p.nk)};
-      });
+      [&](int i, int column) { return Pair<int64_t>{first_query + column, side.key[i]}; },
+      [&](int i, int column) { return column < queries && side.key[i] < p.nk; });
   each_pair(weights, [&](float& x, int i, int column) {
     x = side.key[i] < p.nk ? weight_of(x, s.lse[first + column]) : 0.0f;
   });
@@ -398,7 +400,7 @@ __device__ __forceinline__ float scale_gradient(const WindowAttentionParams& p, 
 // kAll: all keys of a problem are in the block, which makes dQ too.
 template <class Math, int kDim, int kPack, bool kAll>
 __global__ void __launch_bounds__(kThreads,
-                                  kDim == 32 && sizeof(typename Math::Element) == 2 ? 3 : 2)
+                                  kAll&& kDim == 32 && sizeof(typename Math::Element) == 2 ? 3 : 2)
     window_attention_backward_keys(const __grid_constant__ WindowAttentionParams p,
                                    const __grid_constant__ WindowAttentionCudaBackwardPlan plan,
                                    float* workspace) {

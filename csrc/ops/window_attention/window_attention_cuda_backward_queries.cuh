@@ -79,6 +79,8 @@ __device__ __forceinline__ void weigh_stage(const WindowAttentionParams& p, cons
                                             float (&dlogits)[kBackwardRows<Math, kDim, 1> / 8][4]) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
+  constexpr int kKeys = kBackwardRows<Math, kDim, 1>;
+  const int keys = static_cast<int>(p.nk - first_key < kKeys ? p.nk - first_key : kKeys);
   multiply_rows<Math>(weights, &s.q[warp * 16], &s.k[stage][0]);
   multiply_rows<Math>(dlogits, &s.grad[warp * 16], &s.v[stage][0]);
   each_pair(weights, [&](float& x, int, int) { x *= task.scale; });
@@ -91,10 +93,11 @@ __device__ __forceinline__ void weigh_stage(const WindowAttentionParams& p, cons
       p, task, matrices, weights,
       [&](int i, int column) { return Pair<int>{rows.term[i], s.key_term[column]}; },
       [&](int i, int column) {
-        return Pair<int64_t>{clamped(rows.token[i], p.nq), clamped(first_key + column, p.nk)};
-      });
+        return Pair<int64_t>{clamped(rows.token[i], p.nq), first_key + column};
+      },
+      [&](int, int column) { return column < keys; });
   each_pair(weights, [&](float& x, int i, int column) {
-    x = first_key + column < p.nk ? weight_of(x, rows.lse[i]) : 0.0f;
+    x = column < keys ? weight_of(x, rows.lse[i]) : 0.0f;
   });
 }
 

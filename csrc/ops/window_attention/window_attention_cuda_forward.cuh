@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(kThreads, kDim == 32 ? 3 : 2)
         __syncthreads();
       }
 
+      const int keys = static_cast<int>(p.nk - first_key < kKeys ? p.nk - first_key : kKeys);
       float logits[kKeys / 8][4] = {};
       multiply_rows<Math>(logits, &s.q[query_stage][warp * 16], &s.k[stage][part * kKeys]);
       each_pair(logits, [&](float& x, int, int) { x *= task.scale; });
@@ -180,10 +181,11 @@ __global__ void __launch_bounds__(kThreads, kDim == 32 ? 3 : 2)
             return Pair<int>{query_terms[i], s.key_term[part * kKeys + column]};
           },
           [&](int i, int column) {
-            return Pair<int64_t>{clamped(query[i], p.nq), clamped(first_key + column, p.nk)};
-          });
+            return Pair<int64_t>{clamped(query[i], p.nq), first_key + column};
+          },
+          [&](int, int column) { return column < keys; });
       each_pair(logits, [&](float& x, int, int column) {
-        if (first_key + column >= p.nk) x = -INFINITY;
+        if (column >= keys) x = -INFINITY;
       });
       softmax_step(logits, top, sum, out);
 

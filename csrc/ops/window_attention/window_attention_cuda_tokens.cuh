@@ -319,11 +319,12 @@ struct Pair {
 };
 
 // Adds table, shift mask, bias and mask to scaled products. terms(i, column) and tokens(i, column)
-// describe a pair, and never one beyond the last token.
-template <int kTiles, class Terms, class Tokens>
+// describe a pair; exists(i, column) tells whether it is one, terms are of real tokens anyway.
+template <int kTiles, class Terms, class Tokens, class Exists>
 __device__ __forceinline__ void add_terms(const WindowAttentionParams& p, const Task& task,
                                           const Matrices& matrices, float (&logits)[kTiles][4],
-                                          const Terms& terms, const Tokens& tokens) {
+                                          const Terms& terms, const Tokens& tokens,
+                                          const Exists& exists) {
   constexpr int kIndex = (1 << kRegionBit) - 1;
   if (task.table != nullptr) {
     each_pair(logits, [&](float& x, int i, int column) {
@@ -347,13 +348,13 @@ __device__ __forceinline__ void add_terms(const WindowAttentionParams& p, const 
   if (matrices.bias != nullptr) {
     each_pair(logits, [&](float& x, int i, int column) {
       const Pair<int64_t> pair = tokens(i, column);
-      x += matrices.bias[pair.query * p.bias_ld + pair.key];
+      if (exists(i, column)) x += matrices.bias[pair.query * p.bias_ld + pair.key];
     });
   }
   if (matrices.mask != nullptr) {
     each_pair(logits, [&](float& x, int i, int column) {
       const Pair<int64_t> pair = tokens(i, column);
-      x += matrices.mask[pair.query * p.nk + pair.key];
+      if (exists(i, column)) x += matrices.mask[pair.query * p.nk + pair.key];
     });
   }
 }
