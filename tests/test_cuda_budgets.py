@@ -68,12 +68,21 @@ def blocks_of(device: Device, registers: int, threads: int, shared: int) -> int:
     return min(by_registers, by_shared, device.threads // threads)
 
 
+def sources_of(kind: str) -> list[Path]:
+    sources = [SOURCES[kind], BACKWARD_SOURCES[kind]]
+    return [*sources, SUMS_SOURCE] if kind == KINDS[0] else sources
+
+
+def cubin(source: Path, arch: str) -> Path:
+    assert TOOLKIT is not None
+    return TOOLKIT.compile(source, arch, "cubin", STRICT)
+
+
 @functools.cache
 def registers(kind: str, arch: str) -> dict[str, int]:
     """Registers by kernel; compiling fails where one spills or uses local memory."""
     assert TOOLKIT is not None
-    sources = [SOURCES[kind], BACKWARD_SOURCES[kind], *([SUMS_SOURCE] if kind == KINDS[0] else [])]
-    logs = (TOOLKIT.messages(TOOLKIT.compile(each, arch, "cubin", STRICT)) for each in sources)
+    logs = (TOOLKIT.messages(cubin(source, arch)) for source in sources_of(kind))
     found = [
         each
         for log in logs

@@ -119,6 +119,23 @@ def _candidates() -> list[tuple[str, Path]]:
 
 
 @lru_cache(maxsize=1)
+def find_disassembler() -> tuple[Path | None, str]:
+    """nvdisasm, which is no part of the compiler's packages, or None; in words, where it is.
+
+    Raises:
+        RuntimeError: there is none, and FASTBB_REQUIRE_CUDA_TOOLKIT is 1.
+    """
+    places = {"PATH": shutil.which("nvdisasm"), "the Python packages": _packages() / "bin/nvdisasm"}
+    for where, path in places.items():
+        if path is not None and Path(path).is_file():
+            return Path(path), where
+    reason = "no nvdisasm in PATH or the Python packages (pip install nvidia-cuda-nvdisasm)"
+    if os.environ.get("FASTBB_REQUIRE_CUDA_TOOLKIT") == "1":
+        raise RuntimeError(f"a disassembler is required: {reason}")
+    return None, reason
+
+
+@lru_cache(maxsize=1)
 def find() -> tuple[Toolkit | None, str]:
     """The first toolkit that is new enough, or None; in words, where it is or why there is none.
 
