@@ -12,14 +12,14 @@
 //
 // Windows of up to 64 tokens take one kernel and five products. Larger ones take nine: the kernel
 // for queries goes twice over the keys, for the row sums and for dQ, and the kernel for keys makes
-// P and dS again. Bound, by arithmetic and not yet by measurement: memory. A window of 49 tokens
-// with d = 32 moves 22 KB in float16 and needs 1.3 Mflop of padded products: 14 ns and 4.2 ns of an
-// A100 (1.55 TB/s, 312 TFLOP/s), 6.6 ns and 1.3 ns of an H100 (3.35 TB/s, 989 TFLOP/s). One of 196
-// tokens moves 150 KB in two kernels and needs 38 Mflop: 97 ns and 121 ns, 45 ns and 38 ns.
-// Registers, shared memory and blocks per multiprocessor: docs/verification.md.
+// P and dS again. Bound, by arithmetic and not yet by measurement, of float16 with d = 32: a window
+// of 49 tokens moves 22 KB and needs 1.3 Mflop of padded products, 14 ns and 4.2 ns of an A100
+// (1.55 TB/s, 312 TFLOP/s), 6.6 ns and 1.3 ns of an H100 (3.35 TB/s, 989 TFLOP/s): memory. One of
+// 196 tokens moves 138 KB and needs 33 Mflop, 89 ns and 106 ns, 41 ns and 33 ns: both. Registers,
+// shared memory and blocks per multiprocessor: docs/verification.md.
 #pragma once
 
-#include "ops/window_attention/window_attention_cuda_tokens.cuh"
+#include "ops/window_attention/window_attention_cuda.cuh"
 
 namespace fastbb {
 namespace cuda {

@@ -18,7 +18,7 @@
 // of an A100 in tf32 (156 TFLOP/s), three times that without.
 #pragma once
 
-#include "ops/window_attention/window_attention_cuda_tokens.cuh"
+#include "ops/window_attention/window_attention_cuda.cuh"
 
 namespace fastbb {
 namespace cuda {

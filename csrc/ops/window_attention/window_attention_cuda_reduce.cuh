@@ -4,7 +4,7 @@
 #pragma once
 
 #include "core/launch.cuh"
-#include "ops/window_attention/window_attention_cuda_tokens.cuh"
+#include "ops/window_attention/window_attention_cuda.cuh"
 
 namespace fastbb {
 namespace cuda {
