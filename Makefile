@@ -30,6 +30,7 @@ DEPS := $(STAMPS)/demo.txt
 # One environment may serve several checkouts in turn; the stamp names the one it holds.
 BUILT := $(STAMPS)/built$(subst /,-,$(CURDIR))-$(FASTBB_CUDA)-$(subst ;,-,$(FASTBB_CUDA_ARCHS))
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+SIMT_FILES := $(shell find tools/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 CMAKE_FILES := CMakeLists.txt $(wildcard cmake/*.cmake)
 
 # $(call logged,log,filter,command): runs the command, shows the lines of its output that the sed
@@ -88,6 +89,10 @@ cuda-toolkit: $(CUDA_VENV)/.fastbb/toolkit  ## install a CUDA compiler; prints w
 cuda-budgets: $(BUILT) $(STAMPS)/test.txt  ## rewrite what CUDA kernels may use (tests/cuda_budgets.json)
 	FASTBB_REWRITE_BUDGETS=1 $(BIN)/python -m pytest -q tests/test_cuda_budgets.py
 
+.PHONY: test-simt
+test-simt: $(BUILT) $(STAMPS)/test.txt  ## CUDA sources as C++ on the host, many random samples
+	FASTBB_SIMT_ROUNDS=60 $(BIN)/python -m pytest tests/test_simt.py $(ARGS)
+
 .PHONY: build
 build: $(BUILT)  ## install what is needed and build, nothing more
 
@@ -95,14 +100,14 @@ build: $(BUILT)  ## install what is needed and build, nothing more
 lint: $(DEPS) $(STAMPS)/lint.txt  ## check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES) $(SIMT_FILES)
 	$(BIN)/mypy
 
 .PHONY: format
 format: $(STAMPS)/lint.txt  ## rewrite sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES) $(SIMT_FILES)
 
 .PHONY: docs
 docs: $(BUILT)  ## rewrite the generated tables of docs/backends.md

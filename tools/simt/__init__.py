@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the CUDA sources of window attention as C++ on the host, plain or under sanitizers.
 
-The sources are those of the package; headers in `include` stand in for CUDA's, for `core/ptx.cuh` and
-for `core/launch.cuh`. See simt.h for how blocks run.
+The sources are those of the package; headers in `include` stand in for CUDA's, for `core/ptx.cuh`
+and for `core/launch.cuh`. See simt.h for how blocks run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SANITIZERS = {
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
 }
-# A race ends the process; fibers are no leaks.
+# A race ends the process. What is alive at its end is no leak.
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
 
 
@@ -53,7 +53,13 @@ def build(kind: str, sanitizer: str = "plain", sources: Path = ROOT / "csrc") ->
     inputs = [here / "main.cpp", here / "simt.cpp"]
     inputs += [sources / f"{FAMILY}{part}" for part in ("_plan.cpp", f"_{kind}.cu")]
     inputs += [sources / f"{FAMILY}_backward_{kind}.cu"]
-    flags = ["-std=c++20", "-g1", "-fno-extern-tls-init", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    flags = [
+        "-std=c++20",
+        "-g1",
+        "-fno-extern-tls-init",
+        "-ffp-contract=off",
+        "-Wno-unknown-pragmas",
+    ]
     flags += [*SANITIZERS[sanitizer], f"-DFASTBB_SIMT_MATH={MATHS[kind]}"]
     flags += [f"-I{here / 'include'}", f"-I{sources}"]
     digest = hashlib.sha256(repr(flags).encode())
@@ -85,7 +91,7 @@ def build(kind: str, sanitizer: str = "plain", sources: Path = ROOT / "csrc") ->
 
 
 def run(program: Path, call: Any, many_blocks: int, seed: int = 0) -> None:
-    """Runs the program on a `Call` or `BackwardCall` of the PTX tests and puts results in its arena.
+    """Runs a `Call` or `BackwardCall` of the PTX tests and puts the results into its arena.
 
     Raises:
         HostError: a sanitizer or the runtime found something.

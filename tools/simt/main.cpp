@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs window attention's CUDA code of one element type, FASTBB_SIMT_MATH, on a case from a file:
 //
-//   int64 backward, many_blocks, seed; the parameters; int64 buffers; per buffer int64 address, bytes,
-//   and its contents
+//   int64 backward, many_blocks, seed; the parameters; int64 buffers; per buffer int64 address,
+//   bytes, and its contents
 //
 // Words of the parameters that are addresses within a buffer are replaced by addresses here. The
 // contents of all buffers afterwards go to a second file.
@@ -60,8 +60,8 @@ const char* run_backward(const WindowAttentionParams& p, int64_t many_blocks) {
     return problem;
   }
   for (int which = 0; which < plan.sum_count; ++which) {
-    cuda::launch(cuda::window_attention_sum<Math::Element>, plan.sums[which].launch, nullptr, p, plan,
-                 workspace, which);
+    cuda::launch(cuda::window_attention_sum<Math::Element>, plan.sums[which].launch, nullptr, p,
+                 plan, workspace, which);
   }
   if (plan.collapse.grid != 0) {
     cuda::launch(cuda::window_attention_collapse, plan.collapse, nullptr, p,
@@ -94,10 +94,9 @@ int main(int argc, char** argv) {
   std::fclose(file);
   replace_addresses(p, buffers);
 
-  const char* problem = backward
-                            ? run_backward(p, many_blocks)
-                            : cuda::launch_forward<Math>(
-                                  p, window_attention_cuda_plan(p, many_blocks), nullptr);
+  const char* problem =
+      backward ? run_backward(p, many_blocks)
+               : cuda::launch_forward<Math>(p, window_attention_cuda_plan(p, many_blocks), nullptr);
   if (problem != nullptr) stop(problem);
   file = std::fopen(argv[2], "wb");
   if (file == nullptr) stop("the results cannot be written");

@@ -228,7 +228,8 @@ FASTBB_SIMT_UNCHECKED void open_barrier() {
     if (waiting++ > 0 && fibers[i]->line != line) fail("threads meet different barriers");
     line = fibers[i]->line;
   }
-  if (waiting == 0 || waiting != alive) fail("a barrier or an instruction that not all lanes reach");
+  if (waiting == 0 || waiting != alive)
+    fail("a barrier or an instruction that not all lanes reach");
   if (alive != thread_count) fail("a barrier after some threads have ended");
   for (int i = 0; i < thread_count; ++i) make_ready(i);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What CUDA sources take from the runtime's header, for a host compiler. Every thread of a block is a
-// fiber of one thread of the host (simt.h), so what they share can be thread_local.
+// What CUDA sources take from the runtime's header, for a host compiler. Every thread of a block is
+// a fiber of one thread of the host (simt.h), so what they share can be thread_local.
 #pragma once
 
 #include <cmath>

@@ -3,8 +3,8 @@
 //
 // Fibers run until they meet a barrier or an instruction of their warp; who goes on is drawn at
 // random from a seed. Under ThreadSanitizer every fiber is a thread of its own and barriers are the
-// only synchronisation, so two accesses that no barrier separates are a race, in whatever order they
-// ran. Instructions of a warp synchronise nothing, as in CUDA's memory model.
+// only synchronisation, so two accesses that no barrier separates are a race, in whatever order
+// they ran. Instructions of a warp synchronise nothing, as in CUDA's memory model.
 #pragma once
 
 #include <cstddef>
@@ -33,8 +33,8 @@ Index block_index();
 // All threads of the block; `line` tells barriers apart.
 void barrier(int line);
 
-// Meets the other lanes of the warp. The last one to come calls work(operands), where operands[i] is
-// what lane i gave; all return after that. `kind` tells instructions apart.
+// Meets the other lanes of the warp. The last one to come calls work(operands), where operands[i]
+// is what lane i gave; all return after that. `kind` tells instructions apart.
 void meet(int kind, void* operand, void (*work)(void* const* operands));
 
 uint32_t exchange(uint32_t mask, uint32_t bits, int step);

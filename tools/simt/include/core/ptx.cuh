@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stands in for csrc/core/ptx.cuh: the same functions, with bodies for the host. Fragments are those
-// of the PTX document, which the tests of ptxsim compare with CuTe.
+// Stands in for csrc/core/ptx.cuh: the same functions, with bodies for the host. Fragments are
+// those of the PTX document, which the tests of ptxsim compare with CuTe.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -104,8 +104,8 @@ struct Fragments {
   float* c;
 };
 
-// C += A B. A register holds kHalves elements that follow each other along the summed dimension; the
-// first half of the registers is of rows and columns before the middle of the tile.
+// C += A B. A register holds kHalves elements that follow each other along the summed dimension;
+// the first half of the registers is of rows and columns before the middle of the tile.
 template <class T>
 FASTBB_SIMT_UNCHECKED void multiply(void* const* lanes) {
   constexpr int kDepth = 8 * T::kHalves;
@@ -117,7 +117,8 @@ FASTBB_SIMT_UNCHECKED void multiply(void* const* lanes) {
       for (int r = 0; r < 4; ++r) {
         a[lane / 4 + r % 2 * 8][k + r / 2 * 4 * T::kHalves] = T::element(from->a[r], half);
       }
-      for (int r = 0; r < 2; ++r) b[k + r * 4 * T::kHalves][lane / 4] = T::element(from->b[r], half);
+      for (int r = 0; r < 2; ++r)
+        b[k + r * 4 * T::kHalves][lane / 4] = T::element(from->b[r], half);
     }
   }
   for (int lane = 0; lane < simt::kLanes; ++lane) {
