@@ -30,8 +30,8 @@ _TF32 = (Bounds(8e-3, 8e-3, 2e-3), Bounds(1.6e-2, 1.6e-2, 4e-3))
 _WINDOW_ATTENTION = {
     "f32": Tolerance(*_FLOAT32, *_FLOAT32),
     "tf32": Tolerance(*_TF32, *_TF32),
-    "f16": Tolerance(Bounds(1e-3, 1e-3, 1e-3), Bounds(3e-3, 3e-3, 2e-3), *_FLOAT32),
-    "bf16": Tolerance(Bounds(8e-3, 8e-3, 8e-3), Bounds(2.5e-2, 2.5e-2, 1.6e-2), *_FLOAT32),
+    "f16": Tolerance(Bounds(1e-3, 1e-3, 1e-3), Bounds(1.5e-3, 1.5e-3, 8e-4), *_FLOAT32),
+    "bf16": Tolerance(Bounds(8e-3, 8e-3, 8e-3), Bounds(1.2e-2, 1.2e-2, 6e-3), *_FLOAT32),
 }
 
 CUDA_TOLERANCES: dict[str, dict[str, Tolerance]] = {
