@@ -8,8 +8,8 @@
 // are; dS passes through shared memory once, as operand of dQ, and warps share its rows. Row sums
 // cross the warps through shared memory, or come from the kernel for queries.
 //
-// Queries of a tile: 64 in 16-bit types (32 of head dim 128); 64, 32, 16 of head dims 32, 64, 128
-// in float32.
+// Queries of a tile: 32, or 16 of head dim 128 and, in float32, of 64; 64 where four problems lie
+// side by side.
 #pragma once
 
 #include "ops/window_attention/window_attention_cuda_backward_finish.cuh"

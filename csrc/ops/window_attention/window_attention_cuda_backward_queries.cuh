@@ -6,8 +6,7 @@
 // channels): once for the sums of P and P dP, once for dQ. P and dS stay in registers, where dS is
 // an operand of dQ as it is.
 //
-// Keys of a tile: 64 in 16-bit types (32 of head dim 128); 64, 32, 16 of head dims 32, 64, 128 in
-// float32.
+// Keys of a tile: 32, or 16 of head dim 128 and, in float32, of 64.
 #pragma once
 
 #include "ops/window_attention/window_attention_cuda_backward.cuh"
