@@ -22,6 +22,7 @@ from fastbb.bench.shapes import AttentionShape, attention_shapes
 from fastbb.bench.tables import format_results
 from fastbb.cli import main
 from fastbb.measure import interleaved
+from fastbb.ops import _cuda
 
 pytest.importorskip("timm")
 
@@ -357,7 +358,7 @@ def test_operators_without_a_kernel_are_not_timed(cuda_machine: pytest.MonkeyPat
     """Their reference would run in place of the kernel."""
     cuda_machine.setattr(torch.cuda, "is_available", lambda: True)
     cuda_machine.setattr(torch.cuda, "device_count", lambda: 1)
-    cuda_machine.setattr(machines._cuda, "has_kernel", lambda op: op == "window_attention")
+    cuda_machine.setattr(_cuda, "has_kernel", lambda op: op == "window_attention")
     cuda_machine.setattr(machines, "CudaMachine", lambda device: device)
     assert find_machine("cuda", ("window_attention",)) == torch.device("cuda", 0)
     with pytest.raises(machines.UsageError, match="window_attention_backward has no CUDA kernel"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastbb.ops import window_attention
 from fastbb.testing import TOLERANCES, assert_close, assert_grad_close, assert_grads_close
+from fastbb.testing.sample import leaves, random_like
 from fastbb.testing.window_attention import CASES, build, build_backward, in_float64
 from window_oracle import threads
 
@@ -40,10 +41,6 @@ BRANCHES = [
 ]
 
 
-def leaves(kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    return {key: x for key, x in kwargs.items() if isinstance(x, Tensor) and x.requires_grad}
-
-
 def gradients(kwargs: dict[str, Any], grad_out: Tensor, impl: str) -> dict[str, Tensor]:
     wanted = leaves(kwargs)
     result = window_attention(**kwargs, impl=impl)
@@ -52,9 +49,7 @@ def gradients(kwargs: dict[str, Any], grad_out: Tensor, impl: str) -> dict[str, 
 
 
 def random_grad(kwargs: dict[str, Any]) -> Tensor:
-    shape = (kwargs["k"] if kwargs["k"].dim() == 5 else kwargs["q"]).shape
-    generator = torch.Generator().manual_seed(7)
-    return torch.randn(shape, generator=generator).to(kwargs["q"].dtype)
+    return random_like(kwargs["k"] if kwargs["k"].dim() == 5 else kwargs["q"], 7)
 
 
 @functools.cache

@@ -6,10 +6,13 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastbb.ops import _cuda
 
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
@@ -29,8 +32,17 @@ def driver_version() -> str:
     return lines[0] if done.returncode == 0 and lines else "unknown"
 
 
-def why_no_device() -> list[str]:
-    """Torch's own error where it finds no device: a missing driver, an old one, a CPU build."""
+def reasons_against(ops: Iterable[str], indices: Iterable[int]) -> list[str]:
+    """Why operators do not run on devices, each reason once; empty when all run on all of them.
+
+    Ends with torch's own error where it finds no device: a missing driver, an old one, a CPU build.
+    """
+    ops = list(ops)
+    found = {x: None for index in indices for op in ops for x in _cuda.cuda_reasons(op, index)}
+    return [*found, *_why_no_device()]
+
+
+def _why_no_device() -> list[str]:
     if torch.cuda.is_available():
         return []
     try:

@@ -118,6 +118,13 @@ def _candidates() -> list[tuple[str, Path]]:
     return [*found, *((".venv-cuda", path) for path in own)]
 
 
+def _none(what: str, reason: str) -> tuple[None, str]:
+    """The answer where there is none; an error where the environment requires one."""
+    if os.environ.get("FASTBB_REQUIRE_CUDA_TOOLKIT") == "1":
+        raise RuntimeError(f"a {what} is required: {reason}")
+    return None, reason
+
+
 @lru_cache(maxsize=1)
 def find_disassembler() -> tuple[Path | None, str]:
     """nvdisasm, which is no part of the compiler's packages, or None; in words, where it is.
@@ -130,9 +137,7 @@ def find_disassembler() -> tuple[Path | None, str]:
         if path is not None and Path(path).is_file():
             return Path(path), where
     reason = "no nvdisasm in PATH or the Python packages (pip install nvidia-cuda-nvdisasm)"
-    if os.environ.get("FASTBB_REQUIRE_CUDA_TOOLKIT") == "1":
-        raise RuntimeError(f"a disassembler is required: {reason}")
-    return None, reason
+    return _none("disassembler", reason)
 
 
 @lru_cache(maxsize=1)
@@ -157,6 +162,4 @@ def find() -> tuple[Toolkit | None, str]:
             reasons.append(f"nvcc in {where} is {match[0]}, older than {LOWEST[0]}.{LOWEST[1]}")
             continue
         return Toolkit(nvcc, version), f"{match[0]} from {where}"
-    if os.environ.get("FASTBB_REQUIRE_CUDA_TOOLKIT") == "1":
-        raise RuntimeError(f"a CUDA toolkit is required: {'; '.join(reasons)}")
-    return None, "; ".join(reasons)
+    return _none("CUDA toolkit", "; ".join(reasons))

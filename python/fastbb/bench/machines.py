@@ -18,9 +18,8 @@ import torch
 from fastbb._console import UsageError
 from fastbb.bench.cuda_peers import Layer, cuda_layers
 from fastbb.bench.roofline import DeviceRoofline, Roofline, device_roofline, measure_roofline
-from fastbb.cuda_facts import cuda_info, why_no_device
+from fastbb.cuda_facts import cuda_info, reasons_against
 from fastbb.measure import peak_allocated_bytes, wall_seconds
-from fastbb.ops import _cuda
 
 SLEEP_CYCLES = 10_000_000
 """Some milliseconds, in which the host launches a forward and backward of eager attention."""
@@ -139,8 +138,6 @@ def find_machine(name: str, ops: Sequence[str]) -> Machine:
     device = torch.device("cuda", int(index or 0))
     if torch.cuda.is_available() and device.index >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
-    found = (reason for op in ops for reason in _cuda.cuda_reasons(op, device.index))
-    reasons = [*dict.fromkeys(found), *why_no_device()]
-    if reasons:
+    if reasons := reasons_against(ops, [device.index]):
         raise UsageError(f"--device {name}: {'; '.join(reasons)}")
     return CudaMachine(device)

@@ -22,9 +22,11 @@ from fastbb.testing import (
     assert_close,
     assert_grads_close,
 )
+from fastbb.testing.sample import leaves, random_like
 from fastbb.testing.window_attention import in_float64, raw_args
 
 Outputs = dict[str, Tensor]
+_GRAD_SEED = 7
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,13 @@ class Check:
         args = list(sample.args)
         if tf32:
             args[self._argument_names().index("tf32")] = True
-        leaves: dict[str, Tensor] = {}
+        wanted: dict[str, Tensor] = {}
         grad_out = None
         if self.gradients:
-            leaves = _leaves(sample.kwargs)
+            wanted = leaves(sample.kwargs)
             with torch.no_grad():
-                grad_out = _random_like(self.overload(*args)[0])
-        return Job(self.overload, tuple(args), leaves, grad_out, self.names)
+                grad_out = random_like(self.overload(*args)[0], _GRAD_SEED)
+        return Job(self.overload, tuple(args), wanted, grad_out, self.names)
 
     def judge(
         self, actual: Outputs, exact: Outputs, tolerances: dict[str, Tolerance], difficulty: float
@@ -123,15 +125,6 @@ class Check:
             return tolerances[name].forward_for(difficulty)
 
         return max(assert_close(actual[name], exact[name], bounds(name), name) for name in exact)
-
-
-def _leaves(kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    return {key: x for key, x in kwargs.items() if isinstance(x, Tensor) and x.requires_grad}
-
-
-def _random_like(x: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return torch.randn(x.shape, generator=generator).to(x)
 
 
 def _exact_null(sample: Sample) -> Outputs:
@@ -152,10 +145,10 @@ def _exact_gradients(sample: Sample) -> Outputs:
     kwargs = in_float64(sample.kwargs)
     result = window_attention(**kwargs, impl="reference")
     # Rounded as the operator's own gradient is.
-    grad_out = _random_like(result.to(sample.args[0].dtype)).double()
-    leaves = _leaves(kwargs)
-    grads = torch.autograd.grad(result, list(leaves.values()), grad_out)
-    return dict(zip(leaves, grads, strict=True))
+    grad_out = random_like(result.to(sample.args[0].dtype), _GRAD_SEED).double()
+    wanted = leaves(kwargs)
+    grads = torch.autograd.grad(result, list(wanted.values()), grad_out)
+    return dict(zip(wanted, grads, strict=True))
 
 
 def _with_gradients(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastbb import config
 from fastbb._console import UsageError
-from fastbb.cuda_facts import why_no_device
+from fastbb.cuda_facts import reasons_against
 from fastbb.measure import pinned_threads
 from fastbb.ops import _cuda
 from fastbb.selftest.checks import Job, Outputs
@@ -166,9 +166,5 @@ def cuda_targets(ops: list[str]) -> list[Target]:
     if usable:
         return usable
     # Without a device the first index asks for what is wrong with all of them.
-    found = {each: None for index in range(max(count, 1)) for each in _reasons_at(index, ops)}
-    raise UsageError("no usable CUDA device: " + "; ".join([*found, *why_no_device()]))
-
-
-def _reasons_at(index: int, ops: list[str]) -> list[str]:
-    return [reason for op in ops for reason in _cuda.cuda_reasons(op, index)]
+    reasons = reasons_against(ops, range(max(count, 1)))
+    raise UsageError("no usable CUDA device: " + "; ".join(reasons))

@@ -6,6 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -24,3 +27,14 @@ class Sample:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     difficulty: float = 1.0
+
+
+def leaves(kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Those of a sample's arguments whose gradients are wanted."""
+    return {key: x for key, x in kwargs.items() if isinstance(x, Tensor) and x.requires_grad}
+
+
+def random_like(x: Tensor, seed: int) -> Tensor:
+    """Normally distributed numbers, the same for every dtype and device but for rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(x.shape, generator=generator).to(x)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastbb.testing.compare import Bounds, Tolerance
-from fastbb.testing.sample import Sample
+from fastbb.testing.sample import Sample, random_like
 
 # float32: a few roundings of unit-size sums. float16, bfloat16: one rounding of the result (2**-12,
 # 2**-9 of its size) and, for bfloat16 results, one of the softmax weights.
@@ -467,8 +467,7 @@ def build_backward(
 def _backward_of(sample: Sample, seed: int) -> Sample:
     forward = sample.args
     out, lse = torch.ops.fastbb.window_attention.default(*forward)
-    generator = torch.Generator().manual_seed(seed + 1)
-    grad_out = torch.randn(out.shape, generator=generator).to(out)
+    grad_out = random_like(out, seed + 1)
     need_side = [forward[i] is not None for i in (3, 4, 6, 7, 8)]
     args = (grad_out, *forward[:3], lse, *forward[3:], need_side)
     return Sample(sample.name, args, difficulty=sample.difficulty)
