@@ -19,7 +19,7 @@ import pytest
 
 from fastbb import _C
 from ptxsim import toolkit
-from window_attention_ptx import BACKWARD_SOURCES, SOURCES, SUMS_SOURCE, Params
+from window_attention_ptx import BACKWARD_SOURCES, SOURCES, Params
 
 BUDGETS = Path(__file__).resolve().parent / "cuda_budgets.json"
 REWRITE = os.environ.get("FASTBB_REWRITE_BUDGETS") == "1"
@@ -69,8 +69,7 @@ def blocks_of(device: Device, registers: int, threads: int, shared: int) -> int:
 
 
 def sources_of(kind: str) -> list[Path]:
-    sources = [SOURCES[kind], BACKWARD_SOURCES[kind]]
-    return [*sources, SUMS_SOURCE] if kind == KINDS[0] else sources
+    return [SOURCES[kind], BACKWARD_SOURCES[kind]]
 
 
 def cubin(source: Path, arch: str) -> Path:

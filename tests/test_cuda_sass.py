@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ptx_text import kernels_of
 from ptxsim import toolkit
 from test_cuda_budgets import DEVICES, KINDS, cubin, sources_of
 
@@ -53,10 +54,9 @@ def ptx_counts(source: Path, arch: str) -> dict[str, Counter[str]]:
     """How often each instruction of SAME_COUNT stands in the PTX, by kernel."""
     assert TOOLKIT is not None
     text = TOOLKIT.compile(source, arch).read_text()
-    _, *bodies = re.split(r"^\.visible \.entry ", text, flags=re.MULTILINE)
     return {
-        body.split("(", 1)[0]: Counter({p: len(re.findall(p, body)) for p in SAME_COUNT})
-        for body in bodies
+        name: Counter({p: len(re.findall(p, body)) for p in SAME_COUNT})
+        for name, body in kernels_of(text)[1].items()
     }
 
 

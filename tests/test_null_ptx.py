@@ -17,6 +17,7 @@ import torch
 import ptxsim
 from fastbb import _C
 from fastbb.testing import SAMPLES
+from ptx_text import kernel_of
 from ptxsim import toolkit
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc/ops/null/null_cuda.cu"
@@ -139,8 +140,7 @@ def test_mutations_are_noticed() -> None:
         except ptxsim.PtxError:
             return False
 
-    header, *kernels = re.split(r"(?=^\.visible \.entry )", ptx(), flags=re.MULTILINE)
-    (kernel,) = (each for each in kernels if KERNELS[2] in each.split("(", 1)[0])
+    header, kernel = kernel_of(ptx(), KERNELS[2])
     assert survives(header + kernel)
     changes = list(MUTATED.finditer(kernel))
     assert {match["compare"] is None for match in changes} == {True, False}

@@ -16,16 +16,15 @@ import pytest
 
 import simt
 from fastbb.ops import window_attention
-from fastbb.testing import CUDA_TOLERANCES, assert_close
+from fastbb.testing import CUDA_KINDS, CUDA_TOLERANCES, assert_close
 from fastbb.testing.window_attention import CASES, Case, build, in_float64
-from test_window_attention_backward_ptx import DTYPES, call_of, compare
+from test_window_attention_backward_ptx import call_of, compare
 from window_attention_ptx import Call
 
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no g++")
 BOUNDS = CUDA_TOLERANCES["fastbb::window_attention"]
 # Random samples of each type and sanitizer.
 ROUNDS = int(os.environ.get("FASTBB_SIMT_ROUNDS", "6"))
-KINDS = list(simt.MATHS)
 
 ALL = [name for name, case in CASES.items() if case.batch and name != "no_queries"]
 SOME = ["swin", "swin_v2", "gcvit_global_padded", "dim_30", "dim_64", "dim_128", "full_bias_mask"]
@@ -36,7 +35,7 @@ def check(
     program: Path, name: str, kind: str, seed: int = 0, blocks: tuple[int, int] = (2048, 1024)
 ) -> None:
     """Forward and backward of a sample; `blocks` are enough, so that more share one."""
-    sample = build(name, dtype=DTYPES[kind])
+    sample = build(name, dtype=CUDA_KINDS[kind])
     call = Call(sample.kwargs, kind == "tf32", blocks[0])
     simt.run(program, call, blocks[0], seed)
     expected = window_attention(**in_float64(sample.kwargs), impl="reference")
@@ -100,7 +99,7 @@ def random_case(draw: random.Random) -> Case:
 
 
 @pytest.mark.parametrize("sanitizer", simt.SANITIZERS)
-@pytest.mark.parametrize("kind", KINDS if ROUNDS > 6 else ["f16", "f32"])
+@pytest.mark.parametrize("kind", list(simt.MATHS) if ROUNDS > 6 else ["f16", "f32"])
 def test_random_samples(kind: str, sanitizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     program = simt.build(kind, sanitizer)
     for seed in range(ROUNDS):

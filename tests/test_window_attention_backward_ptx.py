@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import functools
-import re
 
 import pytest
 import torch
 
 import ptxsim
-from fastbb.testing import CUDA_TOLERANCES, assert_grads_close
+from fastbb.testing import CUDA_KINDS, CUDA_TOLERANCES, assert_grads_close
 from fastbb.testing.window_attention import CASES, build
+from ptx_text import kernel_of, mutants
 from ptxsim import toolkit
 from test_window_attention_backward import expected, random_grad
-from test_window_attention_ptx import DTYPES, MMA, REMOVED
-from window_attention_ptx import BACKWARD_SOURCES, SUMS_SOURCE, BackwardCall
+from window_attention_ptx import BACKWARD_SOURCES, BackwardCall
 
 TOOLKIT, WHERE = toolkit.find()
 pytestmark = pytest.mark.skipif(TOOLKIT is None, reason=f"no CUDA toolkit: {WHERE}")
@@ -37,8 +36,7 @@ SOME = ["swin_v2", "dim_30", "dim_64", "dim_128", "full_bias_mask", "roll_pad_bo
 @functools.cache
 def ptx(kind: str, arch: str) -> str:
     assert TOOLKIT is not None
-    source = SUMS_SOURCE if kind == "sums" else BACKWARD_SOURCES[kind]
-    return TOOLKIT.compile(source, arch).read_text()
+    return TOOLKIT.compile(BACKWARD_SOURCES[kind], arch).read_text()
 
 
 @functools.cache
@@ -52,14 +50,14 @@ def lse_of(name: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 def call_of(name: str, kind: str, many_blocks: int = 1024) -> BackwardCall:
-    dtype = DTYPES[kind]
+    dtype = CUDA_KINDS[kind]
     kwargs = build(name, dtype=dtype, requires_grad=True).kwargs
     lse = lse_of(name, dtype)
     return BackwardCall(kwargs, random_grad(kwargs), lse, kind == "tf32", many_blocks)
 
 
 def compare(call: BackwardCall, name: str, kind: str) -> None:
-    exact = expected(name, DTYPES[kind])
+    exact = expected(name, CUDA_KINDS[kind])
     actual = {key: x.reshape(exact[key].shape) for key, x in call.results().items()}
     bounds = TOLERANCES[kind].grad_for(CASES[name].difficulty)
     assert_grads_close(actual, exact, bounds)
@@ -69,7 +67,7 @@ def check(
     name: str, kind: str, arch: str = "80", many_blocks: int = 1024, **options: object
 ) -> BackwardCall:
     call = call_of(name, kind, many_blocks)
-    call.run(module(kind, arch), module("sums", arch), **options)
+    call.run(module(kind, arch), **options)
     compare(call, name, kind)
     return call
 
@@ -134,7 +132,7 @@ def survives(text: str, cases: list[tuple[str, int]]) -> bool:
     try:
         for case, many_blocks in cases:
             call = call_of(case, "f16", many_blocks)
-            call.run(changed, module("sums"))
+            call.run(changed, module("f16"))
             compare(call, case, "f16")
     except (ptxsim.PtxError, AssertionError):
         return False
@@ -144,18 +142,9 @@ def survives(text: str, cases: list[tuple[str, int]]) -> bool:
 @pytest.mark.parametrize("name", MUTATED)
 def test_mutations_are_noticed(name: str) -> None:
     cases = MUTATED[name]
-    header, *bodies = re.split(r"(?=^\.visible \.entry )", ptx("f16", "80"), flags=re.MULTILINE)
-    (body,) = (each for each in bodies if name in each.split("(", 1)[0])
     # The kernel that is launched after the one for queries stays as it is.
-    partner = "keysINS0_8HalfMathELi32ELi1ELb0E" if name.startswith("queries") else None
-    start = header + "".join(each for each in bodies if partner and partner in each.split("(")[0])
-    assert survives(start + body, cases)
-    removals = list(REMOVED.finditer(body))
-    assert {m[1].split(".")[0] for m in removals} == {"bar", "cp"}
-    products = list(MMA.finditer(body))
-    changes = [(m, "") for m in removals]
-    changes += [(m, m.expand(r"\1{\3, \2, \4}")) for m in products[:: len(products) // 4]]
-    for match, to in changes:
-        changed = body[: match.start()] + to + body[match.end() :]
-        line = body.count("\n", 0, match.start()) + 1
-        assert not survives(start + changed, cases), f"line {line}: {match[0].strip()}"
+    partners = ["keysINS0_8HalfMathELi32ELi1ELb0E"] if name.startswith("queries") else []
+    start, kernel = kernel_of(ptx("f16", "80"), name, *partners)
+    assert survives(start + kernel, cases)
+    for change, mutant in mutants(kernel):
+        assert not survives(start + mutant, cases), change

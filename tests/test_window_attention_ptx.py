@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import functools
-import re
 
 import pytest
 import torch
 
 import ptxsim
 from fastbb.ops import window_attention
-from fastbb.testing import CUDA_TOLERANCES, assert_close
+from fastbb.testing import CUDA_KINDS, CUDA_TOLERANCES, assert_close
 from fastbb.testing.window_attention import CASES, build, in_float64
+from ptx_text import kernel_of, mutants
 from ptxsim import toolkit
 from window_attention_ptx import SOURCES, Call
 from window_oracle import gather_attention
@@ -40,13 +40,10 @@ def module(kind: str, arch: str = "80") -> ptxsim.Module:
     return ptxsim.load(ptx(kind, arch))
 
 
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "tf32": torch.float32}
-
-
 def check(
     name: str, kind: str, arch: str = "80", many_blocks: int = 2048, **options: object
 ) -> Call:
-    sample = build(name, dtype=DTYPES[kind])
+    sample = build(name, dtype=CUDA_KINDS[kind])
     call = Call(sample.kwargs, kind == "tf32", many_blocks)
     call.run(module(kind, arch), **options)
     doubles = in_float64(sample.kwargs)
@@ -108,15 +105,6 @@ def test_reads_of_shared_memory_do_not_conflict() -> None:
 
 # Deleting one barrier, wait or commit, or swapping the operands of one product, must be noticed.
 MUTATED = ("window_12", "full_long_keys_l2norm")
-REMOVED = re.compile(r"^\s*(bar\.sync|cp\.async\.(wait_group|commit_group)).*$", re.MULTILINE)
-MMA = re.compile(r"(mma\.sync\S+ \{[^}]*\}, )\{([^,]*), ([^,]*), ([^}]*)\}")
-
-
-def kernel_text(name: str) -> str:
-    """The PTX of one kernel alone."""
-    header, *bodies = re.split(r"(?=^\.visible \.entry )", ptx("f16"), flags=re.MULTILINE)
-    (body,) = (b for b in bodies if name in b.split("(", 1)[0])
-    return header + body
 
 
 @functools.cache
@@ -138,16 +126,7 @@ def survives(text: str) -> bool:
 
 
 def test_mutations_are_noticed() -> None:
-    text = kernel_text("HalfMathELi32ELi1E")
-    assert survives(text)
-    removals = list(REMOVED.finditer(text))
-    assert {m[1].split(".")[0] for m in removals} == {"bar", "cp"}
-    for match in removals:
-        changed = text[: match.start()] + text[match.end() :]
-        line = text.count("\n", 0, match.start()) + 1
-        assert not survives(changed), f"line {line}: {match[0].strip()}"
-    products = list(MMA.finditer(text))
-    assert len(products) > 16
-    for match in products[:: len(products) // 4]:
-        swapped = match.expand(r"\1{\3, \2, \4}")
-        assert not survives(text[: match.start()] + swapped + text[match.end() :])
+    start, kernel = kernel_of(ptx("f16"), "HalfMathELi32ELi1E")
+    assert survives(start + kernel)
+    for change, mutant in mutants(kernel):
+        assert not survives(start + mutant), change

@@ -15,13 +15,12 @@ from torch import Tensor
 
 import ptxsim
 from fastbb import _C
+from fastbb.testing.sample import leaves
+from simt import MATHS
 
 FOLDER = Path(__file__).resolve().parent.parent / "csrc" / "ops" / "window_attention"
-KINDS = ("f16", "bf16", "f32", "tf32")
-SOURCES = {kind: FOLDER / f"window_attention_cuda_{kind}.cu" for kind in KINDS}
-BACKWARD_SOURCES = {kind: FOLDER / f"window_attention_cuda_backward_{kind}.cu" for kind in KINDS}
-SUMS_SOURCE = FOLDER / "window_attention_cuda_backward.cu"
-MATHS = {"f16": "HalfMath", "bf16": "Bf16Math", "f32": "FloatMath", "tf32": "Tf32Math"}
+SOURCES = {kind: FOLDER / f"window_attention_cuda_{kind}.cu" for kind in MATHS}
+BACKWARD_SOURCES = {kind: FOLDER / f"window_attention_cuda_backward_{kind}.cu" for kind in MATHS}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIDE_FIELDS = {
     "bias_table": "dtable",
@@ -90,7 +89,13 @@ def _bits(x: Tensor) -> np.ndarray:
 
 
 class Arguments:
-    """Parameters of a call, and the global memory that they lead to; results are left out."""
+    """Parameters of a call, and the global memory that they lead to; results are left out.
+
+    Attributes:
+        workspace: address of a backward pass's workspace.
+    """
+
+    workspace: int | None = None
 
     def __init__(self, kwargs: dict[str, Any], tf32: bool = False) -> None:
         self.arena = ptxsim.Arena()
@@ -218,16 +223,20 @@ class BackwardCall(Arguments):
         self.main = {"q": self.q, "k": self.k, "v": self.k}
         for name, x in self.main.items():
             setattr(g, f"d{name}", self._map(torch.empty_like(x), "out"))
-        wanted = {k: x for k, x in kwargs.items() if isinstance(x, Tensor) and x.requires_grad}
-        self.sides = {name: x.float() for name, x in wanted.items() if name not in self.main}
+        wanted = leaves(kwargs).items()
+        self.sides = {name: x.float() for name, x in wanted if name not in self.main}
         for name, x in self.sides.items():
             setattr(g, SIDE_FIELDS[name], self.arena.add(np.empty(x.shape, np.float32), "out"))
         self.plan = _C.window_attention_cuda_backward_plan(bytes(p), many_blocks)
         self.workspace = self.arena.add(np.empty(self.plan["workspace"], np.float32), "out")
 
-    def run(self, module: ptxsim.Module, sums: ptxsim.Module, **options: Any) -> None:
-        """Launches as the package does; raises what ptxsim finds."""
+    def run(self, module: ptxsim.Module, sums: ptxsim.Module | None = None, **options: Any) -> None:
+        """Launches as the package does, sums from a module of their own if one is given; raises
+        what ptxsim finds.
+        """
+        sums = module if sums is None else sums
         plan, math = self.plan, MATHS[self.kind]
+        assert self.workspace is not None
         space = np.uint64(self.workspace)
         size = f"{math}ELi{plan['dim']}E"
         if not plan["one_kernel"]:
@@ -235,10 +244,9 @@ class BackwardCall(Arguments):
             self._launch(module, name, plan["queries"], plan["bytes"], space, **options)
         name = f"{size}Li{plan['pack']}ELb{plan['one_kernel']:d}E"
         self._launch(module, name, plan["keys"], plan["bytes"], space, **options)
-        element = {"f16": "6__half", "bf16": "13__nv_bfloat16"}.get(self.kind, "f")
         for which, launch in enumerate(plan["sums"]):
-            name = f"window_attention_sumI{element}E"
-            self._launch(sums, name, launch, plan["bytes"], space, np.int32(which), **options)
+            args = (plan["bytes"], space, np.int32(which))
+            self._launch(sums, "window_attention_sum", launch, *args, **options)
         if plan["collapse"]["grid"]:
             dense = np.uint64(self.workspace + 4 * plan["dense_bias"])
             self._launch(sums, "collapse", plan["collapse"], dense, **options)

@@ -11,10 +11,10 @@
 
 #include <cstdint>
 
+#include "core/lanes.cuh"
+
 namespace fastbb {
 namespace ptx {
-
-constexpr unsigned kFullWarp = 0xffffffffu;
 
 // The address that instructions on shared memory take.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -123,27 +123,6 @@ __device__ __forceinline__ float2 unpack_f16x2(uint32_t x) {
 
 __device__ __forceinline__ float2 unpack_bf16x2(uint32_t x) {
   return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
-}
-
-// Reductions over kLanes consecutive lanes (a power of two); every lane of the warp takes part and
-// gets the result of its own group. 4 lanes hold a row of an accumulator, 32 are the warp.
-
-template <int kLanes>
-__device__ __forceinline__ float lanes_max(float x) {
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
-  }
-  return x;
-}
-
-template <int kLanes, typename T>
-__device__ __forceinline__ T lanes_sum(T x) {
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    x += __shfl_xor_sync(kFullWarp, x, step);
-  }
-  return x;
 }
 
 }  // namespace ptx

@@ -97,8 +97,8 @@ def run(program: Path, call: Any, many_blocks: int, seed: int = 0) -> None:
         HostError: a sanitizer or the runtime found something.
     """
     arena = call.arena
-    backward = hasattr(call, "workspace")
-    kept = [each for each in arena.allocations if not backward or each.address != call.workspace]
+    kept = [each for each in arena.allocations if each.address != call.workspace]
+    backward = call.workspace is not None
     parts = [struct.pack("<3q", backward, many_blocks, seed), bytes(call.params)]
     parts.append(struct.pack("<q", len(kept)))
     for each in kept:

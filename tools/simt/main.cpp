@@ -13,7 +13,6 @@
 
 #include "ops/window_attention/window_attention_cuda_backward_launch.cuh"
 #include "ops/window_attention/window_attention_cuda_launch.cuh"
-#include "ops/window_attention/window_attention_cuda_reduce.cuh"
 
 namespace fastbb {
 namespace {
@@ -56,19 +55,9 @@ const char* run_backward(const WindowAttentionParams& p, int64_t many_blocks) {
   const auto floats = static_cast<size_t>(plan.workspace);
   auto* workspace = static_cast<float*>(std::malloc(floats * sizeof(float)));
   std::memset(workspace, 0xff, floats * sizeof(float));
-  if (const char* problem = cuda::launch_backward<Math>(p, plan, workspace, nullptr)) {
-    return problem;
-  }
-  for (int which = 0; which < plan.sum_count; ++which) {
-    cuda::launch(cuda::window_attention_sum<Math::Element>, plan.sums[which].launch, nullptr, p,
-                 plan, workspace, which);
-  }
-  if (plan.collapse.grid != 0) {
-    cuda::launch(cuda::window_attention_collapse, plan.collapse, nullptr, p,
-                 workspace + plan.dense_bias);
-  }
+  const char* problem = cuda::launch_backward<Math>(p, plan, workspace, nullptr);
   std::free(workspace);
-  return nullptr;
+  return problem;
 }
 
 }  // namespace

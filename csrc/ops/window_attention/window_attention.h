@@ -13,6 +13,9 @@
 
 namespace fastbb {
 
+// Epsilon of torch.nn.functional.normalize.
+constexpr float kL2NormEps = 1e-12f;
+
 enum class PadMode : int { kNone = 0, kPadThenRoll = 1, kRollThenPad = 2 };
 
 // Address of token (y, x) of image b and head g: data + b*image + y*row + x*column + g*head, in

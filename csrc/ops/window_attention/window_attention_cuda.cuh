@@ -121,8 +121,6 @@ __device__ __forceinline__ void load_chunk(const typename Math::Element* from, c
   }
 }
 
-constexpr float kL2NormEps = 1e-12f;
-
 // 1 / max(|row|, eps) of kRows rows in shared memory, a power of two of threads for each.
 template <class Math, int kRows, int kLd>
 __device__ __forceinline__ void inverse_lengths(const typename Math::Element (*rows)[kLd],

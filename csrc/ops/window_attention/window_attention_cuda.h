@@ -114,7 +114,7 @@ struct WindowAttentionCudaBackwardPlan : WindowAttentionCudaRows {
   // images share their queries, all of one image.
   int pack, walk;
   int64_t chunks;            // of problems
-  int64_t chunks_per_image;  // where images share their queries, or 0
+  int64_t chunks_per_image;  // where images share their queries, else of all
   // Up to 64 keys: one kernel for all gradients. Else one for dQ, which leaves its row sums for the
   // other, and that one for dK and dV.
   bool one_kernel;

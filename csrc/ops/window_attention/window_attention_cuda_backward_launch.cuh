@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches of the backward kernels of one element type; see window_attention_cuda_launch.cuh.
+// Launches of the backward pass in one element type: kernels, then the sums over their parts. See
+// window_attention_cuda_launch.cuh.
 #pragma once
 
 #include "core/launch.cuh"
 #include "ops/window_attention/window_attention_cuda_backward_keys.cuh"
 #include "ops/window_attention/window_attention_cuda_backward_queries.cuh"
+#include "ops/window_attention/window_attention_cuda_reduce.cuh"
 
 namespace fastbb {
 namespace cuda {
@@ -20,9 +22,9 @@ constexpr bool kPlannedQueries =
     window_cuda_backward_queries_bytes(sizeof(typename Math::Element), kDim);
 
 template <class Math, int kDim>
-const char* launch_backward_of(const WindowAttentionParams& p,
-                               const WindowAttentionCudaBackwardPlan& plan, float* workspace,
-                               void* stream) {
+const char* launch_gradients(const WindowAttentionParams& p,
+                             const WindowAttentionCudaBackwardPlan& plan, float* workspace,
+                             void* stream) {
   static_assert(kPlannedKeys<Math, kDim, 1> && kPlannedKeys<Math, kDim, 2> &&
                 kPlannedKeys<Math, kDim, 4> && kPlannedQueries<Math, kDim>);
   const auto keys = [&](auto kernel) {
@@ -46,9 +48,19 @@ template <class Math>
 const char* launch_backward(const WindowAttentionParams& p,
                             const WindowAttentionCudaBackwardPlan& plan, float* workspace,
                             void* stream) {
-  if (plan.dim == 32) return launch_backward_of<Math, 32>(p, plan, workspace, stream);
-  if (plan.dim == 64) return launch_backward_of<Math, 64>(p, plan, workspace, stream);
-  return launch_backward_of<Math, 128>(p, plan, workspace, stream);
+  const auto gradients = plan.dim == 32   ? launch_gradients<Math, 32>
+                         : plan.dim == 64 ? launch_gradients<Math, 64>
+                                          : launch_gradients<Math, 128>;
+  if (const char* problem = gradients(p, plan, workspace, stream)) return problem;
+  for (int which = 0; which < plan.sum_count; ++which) {
+    if (const char* problem = launch(window_attention_sum<Math>, plan.sums[which].launch, stream, p,
+                                     plan, workspace, which)) {
+      return problem;
+    }
+  }
+  if (plan.collapse.grid == 0) return nullptr;
+  return launch(window_attention_collapse<kWindowCudaCollapseThreads>, plan.collapse, stream, p,
+                workspace + plan.dense_bias);
 }
 
 extern template const char* launch_backward<HalfMath>(const WindowAttentionParams&,

@@ -150,16 +150,17 @@ WindowAttentionCudaBackwardPlan window_attention_cuda_backward_plan(const Window
   plan.q_blocks = divide_up(p.nq, kWindowCudaQueries);
 
   const bool sums = wants_bias(g) || g.dscale != nullptr || wants_pads(g) || p.q_shared;
-  const int64_t windows = windows_of(p);
-  const int64_t groups = p.q_shared ? windows : divide_up(p.batch * windows, plan.pack);
-  const int64_t all_groups = p.q_shared ? p.batch * windows : groups;
-  const int64_t pairs = int64_t{p.heads} * p.nq * p.nk;
-  int64_t walk = sums ? divide_up(all_groups * p.heads * plan.key_tiles, many_blocks) : 1;
-  if (wants_bias(g))
-    walk = std::max(walk, divide_up(all_groups * plan.pack * pairs, kMaxBiasParts));
+  const int64_t problems = p.batch * windows_of(p);
+  const int64_t images = p.q_shared ? p.batch : 1;  // that blocks keep apart
+  const int64_t groups = divide_up(problems / images, pack);
+  int64_t walk = sums ? divide_up(images * groups * p.heads * plan.key_tiles, many_blocks) : 1;
+  if (wants_bias(g)) {
+    const int64_t parts = images * groups * pack * p.heads * p.nq * p.nk;
+    walk = std::max(walk, divide_up(parts, kMaxBiasParts));
+  }
   plan.walk = static_cast<int>(std::min(walk, groups));
-  plan.chunks_per_image = p.q_shared ? divide_up(groups, plan.walk) : 0;
-  plan.chunks = p.q_shared ? p.batch * plan.chunks_per_image : divide_up(groups, plan.walk);
+  plan.chunks_per_image = divide_up(groups, plan.walk);
+  plan.chunks = images * plan.chunks_per_image;
 
   const int64_t blocks = plan.chunks * p.heads * plan.key_tiles;
   const int64_t splits = p.full ? std::max<int64_t>(many_blocks / 2 / blocks, 1) : 1;

@@ -3,32 +3,17 @@
 // float is read once, consecutive lanes read consecutive floats.
 #pragma once
 
-#include "core/launch.cuh"
 #include "ops/window_attention/window_attention_cuda.cuh"
 
 namespace fastbb {
 namespace cuda {
 
-template <class Element>
-__device__ __forceinline__ Element narrow_to(float x);
-template <>
-__device__ __forceinline__ float narrow_to<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __half narrow_to<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 narrow_to<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-
-template <class Element>
+template <class Math>
 __device__ __forceinline__ void write_sum(const WindowAttentionParams& p,
                                           const WindowAttentionCudaBackwardPlan& plan,
                                           WindowCudaSum kind, int64_t outer, int64_t i, float sum,
                                           float* workspace) {
+  using Element = typename Math::Element;
   const int64_t d = p.head_dim;
   const int64_t c = i % d;
   switch (kind) {
@@ -45,19 +30,19 @@ __device__ __forceinline__ void write_sum(const WindowAttentionParams& p,
     }
     case WindowCudaSum::kQueries: {  // [h, Nq, d] of an image
       const Place place{0, static_cast<int>(i / d % p.nq)};
-      row_at<Element>(p.grad.dq, outer, i / d / p.nq, place)[c] = narrow_to<Element>(sum);
+      row_at<Element>(p.grad.dq, outer, i / d / p.nq, place)[c] = Math::narrow(sum);
       return;
     }
     case WindowCudaSum::kKeys: {  // [h, 2, Nk, d] of an image
       const Place place{0, static_cast<int>(i / d % p.nk)};
       const TokenMap& map = i / d / p.nk % 2 == 0 ? p.grad.dk : p.grad.dv;
-      row_at<Element>(map, outer, i / d / p.nk / 2, place)[c] = narrow_to<Element>(sum);
+      row_at<Element>(map, outer, i / d / p.nk / 2, place)[c] = Math::narrow(sum);
       return;
     }
   }
 }
 
-template <class Element>
+template <class Math>
 __global__ void __launch_bounds__(kWindowCudaSumLanes* kWindowCudaSumRows)
     window_attention_sum(const __grid_constant__ WindowAttentionParams p,
                          const __grid_constant__ WindowAttentionCudaBackwardPlan plan,
@@ -79,15 +64,16 @@ __global__ void __launch_bounds__(kWindowCudaSumLanes* kWindowCudaSumRows)
   __syncthreads();
   if (row != 0 || i >= task.size) return;
   for (int other = 1; other < kRows; ++other) sum += sums[other][threadIdx.x];
-  write_sum<Element>(p, plan, task.kind, outer, i, sum, workspace);
+  write_sum<Math>(p, plan, task.kind, outer, i, sum, workspace);
 }
 
 // Gradient of the table from that of the dense bias [h, Nq, Nk]: a thread adds the pairs of one
 // entry.
-__global__ void __launch_bounds__(kWindowCudaCollapseThreads)
+template <int kCollapseThreads>
+__global__ void __launch_bounds__(kCollapseThreads)
     window_attention_collapse(const __grid_constant__ WindowAttentionParams p, const float* dense) {
   const int wh = p.window_h, ww = p.window_w;
-  const int64_t entry = int64_t{blockIdx.x} * kWindowCudaCollapseThreads + threadIdx.x;
+  const int64_t entry = int64_t{blockIdx.x} * kCollapseThreads + threadIdx.x;
   const int64_t rows = int64_t{2 * wh - 1} * (2 * ww - 1);
   if (entry >= rows * p.heads) return;
   const int row = static_cast<int>(entry / p.heads);

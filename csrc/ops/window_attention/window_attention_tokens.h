@@ -15,9 +15,6 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Epsilon of torch.nn.functional.normalize.
-constexpr float kL2NormEps = 1e-12f;
-
 // Cuts one allocation into 64-byte aligned pieces; with a null base it only measures.
 class Carver {
  public:

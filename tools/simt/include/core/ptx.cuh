@@ -8,12 +8,11 @@
 
 #include <cstdint>
 
+#include "core/lanes.cuh"
 #include "simt.h"
 
 namespace fastbb {
 namespace ptx {
-
-constexpr unsigned kFullWarp = 0xffffffffu;
 
 // Tells instructions of a warp apart, where lanes meet.
 enum Kind { kLdmatrix = 16, kLdmatrixTrans, kMmaF16, kMmaBf16, kMmaTf32 };
@@ -166,20 +165,6 @@ inline uint32_t pack_bf16x2(float low, float high) {
 }
 inline float2 unpack_f16x2(uint32_t x) { return {MmaF16::element(x, 0), MmaF16::element(x, 1)}; }
 inline float2 unpack_bf16x2(uint32_t x) { return {MmaBf16::element(x, 0), MmaBf16::element(x, 1)}; }
-
-template <int kLanes>
-float lanes_max(float x) {
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
-  }
-  return x;
-}
-
-template <int kLanes, typename T>
-T lanes_sum(T x) {
-  for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
-  return x;
-}
 
 }  // namespace ptx
 }  // namespace fastbb
