@@ -1,7 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain PyTorch definitions of the operators: oracle, baseline and fallback."""
 
+from fastbb.reference.binary_attention import binary_attention
+from fastbb.reference.binary_linear import bgemm, binary_linear, binary_linear_train
+from fastbb.reference.binary_pack import (
+    binary_embedding,
+    bit_row_bytes,
+    pack_sign,
+    pack_unsigned,
+    pack_weight,
+    unpack_bits,
+)
+from fastbb.reference.elastic_binarize import binarize_weight, elastic_binarize
 from fastbb.reference.null import null
 from fastbb.reference.window_attention import window_attention
 
-__all__ = ["null", "window_attention"]
+__all__ = [
+    "bgemm",
+    "binarize_weight",
+    "binary_attention",
+    "binary_embedding",
+    "binary_linear",
+    "binary_linear_train",
+    "bit_row_bytes",
+    "elastic_binarize",
+    "null",
+    "pack_sign",
+    "pack_unsigned",
+    "pack_weight",
+    "unpack_bits",
+    "window_attention",
+]
