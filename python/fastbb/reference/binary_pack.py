@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meaning of packed bits.
 
-Packed rows of K elements are `[..., bit_row_bytes(K)]` uint8: bit j % 8 of byte j // 8 is element j,
-and bits from K on are zero. The kind `"ternary"` has two rows per row, `[..., 2, bytes]`: where
+Packed rows of K elements are `[..., bit_row_bytes(K)]` uint8: bit j % 8 of byte j // 8 is element
+j, and bits from K on are zero. The kind `"ternary"` has two rows per row, `[..., 2, bytes]`: where
 the element is positive, and where it is negative.
 """
 
@@ -65,7 +65,7 @@ def pack_unsigned(x: Tensor, alpha: Tensor, shift: Tensor | None = None) -> Tens
 def pack_weight(
     weight: Tensor, center: str = "tensor", scale: str = "tensor", zero_policy: str = "plus"
 ) -> tuple[Tensor, Tensor]:
-    """Signs of the centred rows of a weight `[N, K]`, and mean(|weight|), float32 `[1]` or `[N]`."""
+    """Signs of the centred weight `[N, K]`, and mean(|weight|), float32 `[1]` or `[N]`."""
     wide = weight.double()
     sizes = wide.abs().mean(1) if scale == "row" else wide.abs().mean().reshape(1)
     if center == "none":
