@@ -23,22 +23,22 @@ enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2 };  // GELU throug
 
 // y = activation(alpha * scale[n] * dot + bias[n]), in float32; kInt32: dot itself.
 struct BinaryLinearParams {
-  const uint8_t* a;   // [batch, m, planes of a_kind, bit_row_bytes(k)]
-  int64_t a_batch;    // bytes
-  int64_t a_row;      // bytes; planes follow each other within a row
-  const uint8_t* b;   // [batch, n, bit_row_bytes(k)], rows contiguous
-  int64_t b_batch;    // bytes
-  BitKind a_kind;     // any
-  BitKind b_kind;     // kPlus or kMinus, or kUnsigned
+  const uint8_t* a;  // [batch, m, planes of a_kind, bit_row_bytes(k)]
+  int64_t a_batch;   // bytes
+  int64_t a_row;     // bytes; planes follow each other within a row
+  const uint8_t* b;  // [batch, n, bit_row_bytes(k)], rows contiguous
+  int64_t b_batch;   // bytes
+  BitKind a_kind;    // any
+  BitKind b_kind;    // kPlus or kMinus, or kUnsigned
   int64_t batch, m, n, k;
 
   BinaryOut out_kind;
-  void* out;           // int32 or out_dtype [batch, m, n], or bits [batch, m, planes, bytes of n]
-  Dtype out_dtype;     // kFloat
-  const float* alpha;  // one, or null: 1. Raised to kLeastAlpha
-  const float* scale;  // one, or [n], or null: 1
+  void* out;             // int32 or out_dtype [batch, m, n], or bits [batch, m, planes, bytes of n]
+  Dtype out_dtype;       // kFloat
+  const float* alpha;    // one, or null: 1. Raised to kLeastAlpha
+  const float* scale;    // one, or [n], or null: 1
   int64_t scale_column;  // 0 or 1
-  const float* bias;   // [n] or null
+  const float* bias;     // [n] or null
   Activation activation;
   BitKind bit_kind;        // kBits: of the result, y' = y + bit_shift[n]
   const float* bit_shift;  // [n] or null
@@ -48,9 +48,9 @@ struct BinaryLinearParams {
 // A task makes a tile of rows x columns of one product; bits of a result are written by whole
 // bytes, so the columns of a tile are a multiple of 8 unless it is the last.
 struct BinaryLinearPlan {
-  int64_t rows, columns;          // of a tile
+  int64_t rows, columns;  // of a tile
   int64_t row_tiles, column_tiles;
-  int64_t tasks;                  // batch * row_tiles * column_tiles
+  int64_t tasks;  // batch * row_tiles * column_tiles
 };
 FASTBB_EXPORT BinaryLinearPlan binary_linear_plan(const BinaryLinearParams& p);
 

@@ -14,13 +14,13 @@ namespace fastbb {
 struct BinaryPackParams {
   Dtype dtype;
   BitKind kind;
-  const void* x;  // [rows, k], columns contiguous
-  int64_t x_row;  // elements
-  const float* shift;    // [k] or null
-  const float* center;   // one, or one per row, or null
-  int64_t center_row;    // 0 or 1
-  const float* alpha;    // one; kUnsigned alone, raised to kLeastAlpha
-  uint8_t* bits;         // [rows, planes, bit_row_bytes(k)], contiguous
+  const void* x;        // [rows, k], columns contiguous
+  int64_t x_row;        // elements
+  const float* shift;   // [k] or null
+  const float* center;  // one, or one per row, or null
+  int64_t center_row;   // 0 or 1
+  const float* alpha;   // one; kUnsigned alone, raised to kLeastAlpha
+  uint8_t* bits;        // [rows, planes, bit_row_bytes(k)], contiguous
   int64_t rows, k;
 };
 

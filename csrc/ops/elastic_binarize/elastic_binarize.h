@@ -27,8 +27,8 @@ struct ElasticBinarizeParams {
   Dtype dtype;
   BitKind kind;
   Ste ste;
-  const void* x;  // [rows, k], columns contiguous; in the backward pass null unless needs_x
-  int64_t x_row;  // elements
+  const void* x;       // [rows, k], columns contiguous; in the backward pass null unless needs_x
+  int64_t x_row;       // elements
   const float* shift;  // [k] or null
   const float* alpha;  // one, or null: 1. Raised to kLeastAlpha
   uint8_t* planes;     // [rows, elastic_planes, bit_row_bytes(k)]; forward: or null

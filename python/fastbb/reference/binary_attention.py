@@ -38,10 +38,10 @@ def binary_attention(
     """
     given = q.dtype
     wide = torch.float64 if given == torch.float64 else torch.float32
-    a_q, a_k, a_v, a_p = (None,) * 4 if alphas is None else alphas.to(wide).unbind()
+    a_q, a_k, a_v, a_p = (None,) * 4 if alphas is None else alphas.to(wide).split(1)
     qb, kb, vb = (
-        elastic_binarize(x.to(wide).transpose(1, 2), a if a is None else a.reshape(1), None, ste=ste)
-        for x, a in ((q, a_q), (k, a_k), (v, a_v))
+        elastic_binarize(x.to(wide).transpose(1, 2), alpha, ste=ste)
+        for x, alpha in ((q, a_q), (k, a_k), (v, a_v))
     )
     scores = qb @ kb.mT
     if est_q is not None and est_k is not None:
@@ -55,8 +55,7 @@ def binary_attention(
         keep = philox_keep(tuple(scores.shape), dropout_p, seed, q.device)
         weights = torch.where(keep, weights / (1 - dropout_p), 0.0)
     if probs == "softmax":
-        size = None if a_p is None else a_p.reshape(1)
-        binary = elastic_binarize(weights, size, kind="unsigned")
+        binary = elastic_binarize(weights, a_p, kind="unsigned")
     else:
         signs = elastic_binarize(weights, kind="minus", ste="clip_open")
         # 1 and 0 have the gradient of +1 and -1, not half of it.
