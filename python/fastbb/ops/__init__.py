@@ -1,7 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Public functions of the operators. Each docstring is the operator's specification."""
 
+from fastbb.ops.binary_pack import (
+    binary_embedding,
+    pack_sign,
+    pack_unsigned,
+    pack_weight,
+    unpack_bits,
+)
 from fastbb.ops.null import null
 from fastbb.ops.window_attention import window_attention
 
-__all__ = ["null", "window_attention"]
+__all__ = [
+    "binary_embedding",
+    "null",
+    "pack_sign",
+    "pack_unsigned",
+    "pack_weight",
+    "unpack_bits",
+    "window_attention",
+]
