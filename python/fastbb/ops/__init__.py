@@ -6,3 +6,22 @@ from fastbb.ops.null import null
 from fastbb.ops.window_attention import window_attention
 
 __all__ = ["bgemm", "binary_linear", "null", "window_attention"]
+from fastbb.ops.binary_pack import (
+    binary_embedding,
+    pack_sign,
+    pack_unsigned,
+    pack_weight,
+    unpack_bits,
+)
+from fastbb.ops.null import null
+from fastbb.ops.window_attention import window_attention
+
+__all__ = [
+    "binary_embedding",
+    "null",
+    "pack_sign",
+    "pack_unsigned",
+    "pack_weight",
+    "unpack_bits",
+    "window_attention",
+]
