@@ -25,3 +25,8 @@ __all__ = [
     "unpack_bits",
     "window_attention",
 ]
+from fastbb.ops.elastic_binarize import elastic_binarize
+from fastbb.ops.null import null
+from fastbb.ops.window_attention import window_attention
+
+__all__ = ["elastic_binarize", "null", "window_attention"]

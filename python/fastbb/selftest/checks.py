@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbb.ops import window_attention
+from fastbb.ops import elastic_binarize, window_attention
 from fastbb.testing import (
     SAMPLES,
     Bounds,
@@ -22,6 +22,7 @@ from fastbb.testing import (
     assert_close,
     assert_grads_close,
 )
+from fastbb.testing import elastic_binarize as _elastic
 from fastbb.testing.sample import leaves, random_like
 from fastbb.testing.window_attention import in_float64, raw_args
 
@@ -143,12 +144,29 @@ def _exact_attention(sample: Sample) -> Outputs:
 
 def _exact_gradients(sample: Sample) -> Outputs:
     kwargs = in_float64(sample.kwargs)
-    result = window_attention(**kwargs, impl="reference")
+    return _gradients(window_attention(**kwargs, impl="reference"), sample, leaves(kwargs))
+
+
+def _gradients(result: Tensor, sample: Sample, wanted: dict[str, Tensor]) -> Outputs:
     # Rounded as the operator's own gradient is.
     grad_out = random_like(result.to(sample.args[0].dtype), _GRAD_SEED).double()
-    wanted = leaves(kwargs)
     grads = torch.autograd.grad(result, list(wanted.values()), grad_out)
     return dict(zip(wanted, grads, strict=True))
+
+
+def _exact_elastic(sample: Sample) -> Outputs:
+    kwargs = _elastic.in_float64(sample.kwargs)
+    planes = _elastic.exact_planes(kwargs) if sample.args[-1] else torch.empty(0)
+    return {"out": elastic_binarize(**kwargs, impl="reference"), "planes": planes.double()}
+
+
+def _exact_elastic_gradients(sample: Sample) -> Outputs:
+    kwargs = _elastic.in_float64(sample.kwargs)
+    return _gradients(elastic_binarize(**kwargs, impl="reference"), sample, leaves(kwargs))
+
+
+def _elastic_with_gradients(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    return SAMPLES["fastbb::elastic_binarize"](device, dtype, requires_grad=True)
 
 
 def _with_gradients(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -156,6 +174,20 @@ def _with_gradients(device: str | torch.device, dtype: torch.dtype) -> Iterator[
 
 
 CHECKS: dict[str, Check] = {
+    "elastic_binarize": Check(
+        "elastic_binarize",
+        ("elastic_binarize",),
+        SAMPLES["fastbb::elastic_binarize"],
+        _exact_elastic,
+        names=("out", "planes"),
+    ),
+    "elastic_binarize_backward": Check(
+        "elastic_binarize",
+        ("elastic_binarize", "elastic_binarize_backward"),
+        _elastic_with_gradients,
+        _exact_elastic_gradients,
+        gradients=True,
+    ),
     "null": Check("null", ("null",), SAMPLES["fastbb::null"], _exact_null),
     "window_attention": Check(
         "window_attention",
