@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastbb import config
-from fastbb.testing import null, window_attention
+from fastbb.testing import binary_attention, null, window_attention
 from fastbb.testing.compare import (
     Bounds,
     OutOfBounds,
@@ -47,12 +47,14 @@ __all__ = [
 ]
 
 SAMPLES: dict[str, Callable[..., Iterator[Sample]]] = {
+    "fastbb::binary_attention": binary_attention.samples,
     "fastbb::null": null.samples,
     "fastbb::window_attention": window_attention.samples,
     "fastbb::window_attention_backward": window_attention.backward_samples,
 }
 
 TOLERANCES: dict[str, dict[torch.dtype, Tolerance]] = {
+    "fastbb::binary_attention": binary_attention.TOLERANCES,
     "fastbb::null": null.TOLERANCES,
     "fastbb::window_attention": window_attention.TOLERANCES,
     "fastbb::window_attention_backward": window_attention.TOLERANCES,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from fastbb.testing import null, window_attention
+from fastbb.testing import binary_attention, null, window_attention
 from fastbb.testing.compare import Bounds, Tolerance
 
 KINDS: dict[str, torch.dtype] = {
@@ -35,6 +35,9 @@ _WINDOW_ATTENTION = {
 }
 
 CUDA_TOLERANCES: dict[str, dict[str, Tolerance]] = {
+    "fastbb::binary_attention": {
+        kind: binary_attention.TOLERANCES[dtype] for kind, dtype in KINDS.items()
+    },
     "fastbb::null": {kind: null.TOLERANCES[dtype] for kind, dtype in KINDS.items()},
     "fastbb::window_attention": _WINDOW_ATTENTION,
     "fastbb::window_attention_backward": _WINDOW_ATTENTION,
