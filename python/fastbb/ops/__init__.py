@@ -30,3 +30,8 @@ from fastbb.ops.null import null
 from fastbb.ops.window_attention import window_attention
 
 __all__ = ["elastic_binarize", "null", "window_attention"]
+from fastbb.ops.binary_attention import binary_attention
+from fastbb.ops.null import null
+from fastbb.ops.window_attention import window_attention
+
+__all__ = ["binary_attention", "null", "window_attention"]
