@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastbb.ops import binary_attention, window_attention
-from fastbb.testing import binary_attention as binary_attention_samples
 from fastbb.testing import (
     SAMPLES,
     Bounds,
@@ -23,6 +22,7 @@ from fastbb.testing import (
     assert_close,
     assert_grads_close,
 )
+from fastbb.testing import binary_attention as binary_attention_samples
 from fastbb.testing.sample import leaves, random_like
 from fastbb.testing.window_attention import in_float64, raw_args
 
