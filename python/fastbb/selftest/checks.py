@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from fastbb.ops import elastic_binarize, window_attention
+from fastbb.ops import binary_attention, window_attention
+from fastbb.testing import binary_attention as binary_attention_samples
 from fastbb.testing import (
     SAMPLES,
     Bounds,
@@ -132,6 +134,17 @@ def _exact_null(sample: Sample) -> Outputs:
     return {"out": sample.args[0].double()}
 
 
+def _exact_binary_attention(sample: Sample) -> Outputs:
+    """The result by the reference in float64; planes of q, k and v from the CPU kernel. Those of
+    the probabilities may differ at ties, which the result would show.
+    """
+    kwargs = binary_attention_samples.in_float64(sample.kwargs)
+    _, _, *planes = torch.ops.fastbb.binary_attention.default(*sample.args)
+    names = ("q_planes", "k_planes", "v_planes")
+    exact = dict(zip(names, planes[:3], strict=True))
+    return {"out": binary_attention(**kwargs, impl="reference"), **exact}
+
+
 def _exact_attention(sample: Sample) -> Outputs:
     """The result by the reference in float64. The reference has no log-sum-exp: that one comes from
     the CPU kernel in float32, at the level in force.
@@ -187,6 +200,12 @@ CHECKS: dict[str, Check] = {
         _elastic_with_gradients,
         _exact_elastic_gradients,
         gradients=True,
+    "binary_attention": Check(
+        "binary_attention",
+        ("binary_attention",),
+        SAMPLES["fastbb::binary_attention"],
+        _exact_binary_attention,
+        names=("out", "lse", "q_planes", "k_planes", "v_planes", "p_planes"),
     ),
     "null": Check("null", ("null",), SAMPLES["fastbb::null"], _exact_null),
     "window_attention": Check(
