@@ -127,9 +127,8 @@ Forward run_forward(const Tensor& x, const OptionalTensor& alpha, const Optional
 
   const ElasticBinarizePlan plan = elastic_binarize_plan(p);
   const ElasticBinarizeKernels& kernels = elastic_binarize_kernels();
-  torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
-    kernels.forward(p, plan, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, plan.tasks, 1, [&](int64_t begin, int64_t end) { kernels.forward(p, plan, begin, end); });
   return {out, planes};
 }
 
@@ -191,15 +190,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const OptionalTe
   }
 
   const ElasticBinarizeKernels& kernels = elastic_binarize_kernels();
-  torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
-    kernels.backward(p, plan, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, plan.tasks, 1, [&](int64_t begin, int64_t end) { kernels.backward(p, plan, begin, end); });
   if (need_shift) {
     const int64_t blocks = (p.k + kElasticColumns - 1) / kElasticColumns;
     const int64_t grain = 1 + 100 / plan.tasks;  // blocks worth another thread
-    torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-      kernels.reduce(p, plan, begin, end);
-    });
+    torch::stable::parallel_for(
+        0, blocks, grain, [&](int64_t begin, int64_t end) { kernels.reduce(p, plan, begin, end); });
   }
   if (need_alpha) {
     double sum = 0;
