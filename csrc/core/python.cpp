@@ -170,7 +170,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "bit_peak", [](int64_t steps) { return fastbb::binary_linear_kernels().peak(steps); },
       py::arg("steps"), py::call_guard<py::gil_scoped_release>(),
-      "Counts ones of ANDs in registers for a while, at the level in force; returns how many bits.");
+      "Counts ones of ANDs in registers for a while, at the level in force; returns how many "
+      "bits.");
   m.def("null_cuda_plan", &null_cuda_plan, py::kw_only(), py::arg("element_bytes"), py::arg("x"),
         py::arg("x_row"), py::arg("out"), py::arg("rows"), py::arg("columns"),
         "How the CUDA kernel of null is launched; x and out are addresses.");

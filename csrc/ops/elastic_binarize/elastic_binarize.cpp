@@ -218,8 +218,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbb, m) {
       "elastic_binarize_backward(Tensor grad, Tensor? x, Tensor planes, Tensor? alpha, "
       "Tensor? shift, str kind, str ste, bool need_alpha, bool need_shift) "
       "-> (Tensor dx, Tensor dalpha, Tensor dshift)");
-  m.def(
-      "elastic_planes(Tensor x, Tensor? alpha, Tensor? shift, str kind, str ste) -> Tensor");
+  m.def("elastic_planes(Tensor x, Tensor? alpha, Tensor? shift, str kind, str ste) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbb, CPU, m) {

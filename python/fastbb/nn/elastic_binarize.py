@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbb.ops import elastic_binarize
 from fastbb.ops._checks import fail
-from fastbb.ops.elastic_binarize import KINDS, STES, Kind, Ste
+from fastbb.ops.elastic_binarize import KINDS, STES, Kind, Ste, elastic_binarize
 
 
 class ElasticBinarize(nn.Module):
