@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbb.ops import window_attention
+from fastbb.ops import (
+    binary_embedding,
+    pack_sign,
+    pack_unsigned,
+    pack_weight,
+    unpack_bits,
+    window_attention,
+)
 from fastbb.testing import (
     SAMPLES,
     Bounds,
@@ -131,6 +138,32 @@ def _exact_null(sample: Sample) -> Outputs:
     return {"out": sample.args[0].double()}
 
 
+def _exact_pack(sample: Sample) -> Outputs:
+    x, shift, alpha, kind = sample.args
+    if alpha is None:
+        return {"out": pack_sign(x, shift, zero_policy=kind, impl="reference")}
+    return {"out": pack_unsigned(x, alpha, shift, impl="reference")}
+
+
+def _exact_weight(sample: Sample) -> Outputs:
+    weight, center, scale, policy = sample.args
+    bits, sizes = pack_weight(
+        weight, center=center, scale=scale, zero_policy=policy, impl="reference"
+    )
+    return {"bits": bits, "scale": sizes.double()}
+
+
+def _exact_unpack(sample: Sample) -> Outputs:
+    bits, k, kind, dtype = sample.args
+    return {"out": unpack_bits(bits, k, kind=kind, dtype=dtype, impl="reference").double()}
+
+
+def _exact_embedding(sample: Sample) -> Outputs:
+    ids, bits, scale, k, dtype = sample.args
+    rows = binary_embedding(ids, bits, scale.float(), k=k, dtype=dtype, impl="reference")
+    return {"out": rows.double()}
+
+
 def _exact_attention(sample: Sample) -> Outputs:
     """The result by the reference in float64. The reference has no log-sum-exp: that one comes from
     the CPU kernel in float32, at the level in force.
@@ -156,7 +189,24 @@ def _with_gradients(device: str | torch.device, dtype: torch.dtype) -> Iterator[
 
 
 CHECKS: dict[str, Check] = {
+    "binary_embedding": Check(
+        "binary_embedding",
+        ("binary_embedding",),
+        SAMPLES["fastbb::binary_embedding"],
+        _exact_embedding,
+    ),
     "null": Check("null", ("null",), SAMPLES["fastbb::null"], _exact_null),
+    "pack_bits": Check("pack_bits", ("pack_bits",), SAMPLES["fastbb::pack_bits"], _exact_pack),
+    "pack_weight": Check(
+        "pack_weight",
+        ("pack_weight",),
+        SAMPLES["fastbb::pack_weight"],
+        _exact_weight,
+        names=("bits", "scale"),
+    ),
+    "unpack_bits": Check(
+        "unpack_bits", ("unpack_bits",), SAMPLES["fastbb::unpack_bits"], _exact_unpack
+    ),
     "window_attention": Check(
         "window_attention",
         ("window_attention",),

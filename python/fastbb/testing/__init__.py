@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastbb import config
-from fastbb.testing import null, window_attention
+from fastbb.testing import binary_pack, null, window_attention
 from fastbb.testing.compare import (
     Bounds,
     OutOfBounds,
@@ -47,13 +47,21 @@ __all__ = [
 ]
 
 SAMPLES: dict[str, Callable[..., Iterator[Sample]]] = {
+    "fastbb::binary_embedding": binary_pack.embedding_samples,
     "fastbb::null": null.samples,
+    "fastbb::pack_bits": binary_pack.pack_samples,
+    "fastbb::pack_weight": binary_pack.weight_samples,
+    "fastbb::unpack_bits": binary_pack.unpack_samples,
     "fastbb::window_attention": window_attention.samples,
     "fastbb::window_attention_backward": window_attention.backward_samples,
 }
 
 TOLERANCES: dict[str, dict[torch.dtype, Tolerance]] = {
+    "fastbb::binary_embedding": binary_pack.TOLERANCES,
     "fastbb::null": null.TOLERANCES,
+    "fastbb::pack_bits": binary_pack.TOLERANCES,
+    "fastbb::pack_weight": binary_pack.WEIGHT_TOLERANCES,
+    "fastbb::unpack_bits": binary_pack.TOLERANCES,
     "fastbb::window_attention": window_attention.TOLERANCES,
     "fastbb::window_attention_backward": window_attention.TOLERANCES,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from fastbb.testing import null, window_attention
+from fastbb.testing import binary_pack, null, window_attention
 from fastbb.testing.compare import Bounds, Tolerance
 
 KINDS: dict[str, torch.dtype] = {
@@ -34,8 +34,16 @@ _WINDOW_ATTENTION = {
     "bf16": Tolerance(Bounds(8e-3, 8e-3, 8e-3), Bounds(1.2e-2, 1.2e-2, 6e-3), *_FLOAT32),
 }
 
+_PACK = {kind: binary_pack.TOLERANCES[dtype] for kind, dtype in KINDS.items()}
+
 CUDA_TOLERANCES: dict[str, dict[str, Tolerance]] = {
+    "fastbb::binary_embedding": _PACK,
     "fastbb::null": {kind: null.TOLERANCES[dtype] for kind, dtype in KINDS.items()},
+    "fastbb::pack_bits": _PACK,
+    "fastbb::pack_weight": {
+        kind: binary_pack.WEIGHT_TOLERANCES[dtype] for kind, dtype in KINDS.items()
+    },
+    "fastbb::unpack_bits": _PACK,
     "fastbb::window_attention": _WINDOW_ATTENTION,
     "fastbb::window_attention_backward": _WINDOW_ATTENTION,
 }
