@@ -13,8 +13,6 @@ from fastbb.ops.binary_pack import (
     pack_weight,
     unpack_bits,
 )
-from fastbb.ops.null import null
-from fastbb.ops.window_attention import window_attention
 
 __all__ = [
     "binary_embedding",
@@ -26,12 +24,8 @@ __all__ = [
     "window_attention",
 ]
 from fastbb.ops.elastic_binarize import elastic_binarize
-from fastbb.ops.null import null
-from fastbb.ops.window_attention import window_attention
 
 __all__ = ["elastic_binarize", "null", "window_attention"]
 from fastbb.ops.binary_attention import binary_attention
-from fastbb.ops.null import null
-from fastbb.ops.window_attention import window_attention
 
 __all__ = ["binary_attention", "null", "window_attention"]

@@ -18,9 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastbb import config
-from fastbb.testing import binary_linear, null, window_attention
-from fastbb.testing import elastic_binarize, null, window_attention
-from fastbb.testing import binary_attention, null, window_attention
+from fastbb.testing import binary_attention, binary_linear, elastic_binarize, null, window_attention
 from fastbb.testing.compare import (
     Bounds,
     OutOfBounds,

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from fastbb.testing import elastic_binarize, null, window_attention
-from fastbb.testing import binary_attention, null, window_attention
+from fastbb.testing import binary_attention, elastic_binarize, null, window_attention
 from fastbb.testing.compare import Bounds, Tolerance
 
 KINDS: dict[str, torch.dtype] = {
