@@ -6,7 +6,7 @@ from fastbb.ops.window_attention import window_attention
 
 __all__ = ["null", "window_attention"]
 
-from fastbb.ops._temporary import (  # noqa: E402, F401
+from fastbb.ops._temporary import (  # noqa: F401
     binary_attention,
     binary_embedding,
     binary_linear,

@@ -22,7 +22,9 @@ def binary_embedding(ids: Tensor, bits: Tensor, scale: Tensor, **kw: Any) -> Ten
     return reference.binary_embedding(ids, bits, scale, **kw)
 
 
-def binary_linear(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Any, **kw: Any) -> Tensor:
+def binary_linear(
+    x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Any, **kw: Any
+) -> Tensor:
     return reference.binary_linear(x, weight_bits, weight_scale, bias, **kw)
 
 
