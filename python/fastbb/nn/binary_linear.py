@@ -172,7 +172,7 @@ class PackedModule(nn.Module):
         self.register_buffer("weight_bits", bits)
         self.register_buffer("weight_scale", torch.ones(scales, device=device))
         self.register_buffer("weight_shape", shape_tensor(rows, elements, device))
-        self._sizes = (rows, elements)
+        self.sizes = (rows, elements)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scale = self._buffers["weight_scale"]
@@ -194,16 +194,16 @@ class PackedModule(nn.Module):
     ) -> None:
         name = f"{type(self).__name__}: {prefix}"
         shape = state_dict.get(f"{prefix}weight_shape")
-        if shape is not None and shape.tolist() != list(self._sizes):
+        if shape is not None and shape.tolist() != list(self.sizes):
             error_msgs.append(
-                f"{name}weight_bits must hold [rows, elements] = {list(self._sizes)}, "
+                f"{name}weight_bits must hold [rows, elements] = {list(self.sizes)}, "
                 f"got {shape.tolist()}"
             )
         bits = state_dict.get(f"{prefix}weight_bits")
         if bits is not None and bits.dtype != torch.uint8:
             error_msgs.append(f"{name}weight_bits must be uint8, got {bits.dtype}")
-        elif bits is not None and _bits_beyond(bits, self._sizes[1]):
-            error_msgs.append(f"{name}weight_bits must be 0 from element {self._sizes[1]} on")
+        elif bits is not None and _bits_beyond(bits, self.sizes[1]):
+            error_msgs.append(f"{name}weight_bits must be 0 from element {self.sizes[1]} on")
         super()._load_from_state_dict(
             state_dict,
             prefix,
