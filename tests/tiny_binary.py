@@ -31,9 +31,9 @@ def vivid(model: _M, std: float = 0.3) -> _M:
     """
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("alpha", "alphas")):
-                p.uniform_(0.5, 1.5)
-            elif "norm" in name.lower() and name.endswith("weight"):
+            if name.endswith(("alpha", "alphas")) or (
+                "norm" in name.lower() and name.endswith("weight")
+            ):
                 p.uniform_(0.5, 1.5)
             else:
                 p.normal_(std=std)
@@ -67,9 +67,13 @@ def bert(preset: str, **settings: Any) -> BinaryBert:
 
 
 def unused(model: nn.Module) -> list[str]:
-    """Parameters whose gradient is missing, not finite, or zero throughout."""
+    """Parameters whose gradient is missing, not finite, or zero throughout.
+
+    Biases of the keys' estimators add the same to all scores of a row, which softmax does not see.
+    """
     return [
         name
         for name, p in model.named_parameters()
-        if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
+        if not name.endswith(("k_p.bias", "k_m.bias"))
+        and (p.grad is None or not p.grad.isfinite().all() or not p.grad.any())
     ]
