@@ -3,6 +3,7 @@
 
 from fastbb.nn.binary_attention import BinarySelfAttention
 from fastbb.nn.binary_bert import BinaryBertLayer, BinaryBertPooler
+from fastbb.nn.binary_calibrate import calibrate
 from fastbb.nn.binary_linear import BinaryLinear, PackedBinaryLinear
 from fastbb.nn.binary_pack import BinaryEmbedding, PackedBinaryEmbedding
 from fastbb.nn.binary_presets import PRESETS, Preset
@@ -16,7 +17,7 @@ from fastbb.nn.conv import (
     PatchMerging,
     SqueezeExcite,
 )
-from fastbb.nn.elastic_binarize import ElasticBinarize, calibrate
+from fastbb.nn.elastic_binarize import ElasticBinarize
 from fastbb.nn.layers import ClassifierHead, DropPath, LayerScale, Mlp
 from fastbb.nn.window_attention import (
     GlobalWindowAttention,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastbb.nn.binary_calibrate import set_alpha
 from fastbb.nn.binary_linear import BinaryLinear
 from fastbb.nn.binary_presets import Preset, preset_of
-from fastbb.nn.elastic_binarize import set_alpha
 from fastbb.ops import binary_attention
 from fastbb.ops._checks import check_float, fail
 

@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastbb.nn.elastic_binarize import KINDS, STES, check_choice, set_alpha
+from fastbb.nn.binary_calibrate import set_alpha
 from fastbb.ops import binary_linear, binary_linear_train, pack_weight
 from fastbb.ops._checks import fail
+from fastbb.ops.elastic_binarize import KINDS, STES
 
 UNIT = 128
 """Elements that a packed row is padded to a multiple of."""
+
+
+def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """A string that is one of `choices`."""
+    if value not in choices:
+        fail(op, name, f"must be one of {choices}", repr(value))
 
 
 def packed_bytes(k: int) -> int:

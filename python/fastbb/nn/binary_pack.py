@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbb.nn.binary_linear import PackedModule, shape_tensor
-from fastbb.nn.elastic_binarize import check_choice
+from fastbb.nn.binary_linear import PackedModule, check_choice, shape_tensor
 from fastbb.ops import binary_embedding, pack_weight
 from fastbb.ops._checks import fail
 

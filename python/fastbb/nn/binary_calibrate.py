@@ -1,65 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned scales of binarization: a quantizer as a module, and how scales are first set."""
+"""How the learned scales of binary modules are first set."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastbb.ops import elastic_binarize
 from fastbb.ops._checks import fail
-
-KINDS = ("plus", "minus", "ternary", "unsigned")
-STES = ("clip", "clip_open", "identity", "bireal")
-
-
-def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
-    """A string that is one of `choices`."""
-    if value not in choices:
-        fail(op, name, f"must be one of {choices}", repr(value))
-
-
-class ElasticBinarize(nn.Module):
-    """alpha times the binary value of x + shift, with straight-through gradients (Liu et al. 2022).
-
-    Args:
-        channels: size of x's last dimension, for a learned shift per channel; None: no shift.
-        kind: `"ternary"`, `"plus"` or `"minus"` (signs that differ at zero), or `"unsigned"`.
-        ste: gradient of a sign, as in `fastbb.ops.elastic_binarize`.
-
-    Parameters are `alpha` `[1]`, set from data by `fastbb.nn.calibrate`, and `shift`.
-    """
-
-    calibrating = False
-
-    def __init__(
-        self,
-        channels: int | None = None,
-        *,
-        kind: str = "ternary",
-        ste: str = "clip",
-        **factory: Any,
-    ) -> None:
-        super().__init__()
-        check_choice("ElasticBinarize", "kind", kind, KINDS)
-        check_choice("ElasticBinarize", "ste", ste, STES)
-        self.kind = kind
-        self.ste = ste
-        self.alpha = nn.Parameter(torch.ones(1, **factory))
-        self.shift = None if channels is None else nn.Parameter(torch.zeros(channels, **factory))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.calibrating:
-            set_alpha(self.alpha, x, self.shift, self.kind)
-            self.calibrating = False
-        return elastic_binarize(x, self.alpha, self.shift, kind=self.kind, ste=self.ste)
-
-    def extra_repr(self) -> str:
-        return f"kind={self.kind!r}, ste={self.ste!r}"
 
 
 @torch.no_grad()
