@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from fastbb.testing import null, window_attention
+from fastbb.testing import elastic_binarize, null, window_attention
+from fastbb.testing import binary_attention, null, window_attention
 from fastbb.testing.compare import Bounds, Tolerance
 
 KINDS: dict[str, torch.dtype] = {
@@ -34,7 +35,15 @@ _WINDOW_ATTENTION = {
     "bf16": Tolerance(Bounds(8e-3, 8e-3, 8e-3), Bounds(1.2e-2, 1.2e-2, 6e-3), *_FLOAT32),
 }
 
+# Comparisons and one rounding, as on the CPU; only sums run in another order.
+_ELASTIC_BINARIZE = {kind: elastic_binarize.TOLERANCES[dtype] for kind, dtype in KINDS.items()}
+
 CUDA_TOLERANCES: dict[str, dict[str, Tolerance]] = {
+    "fastbb::elastic_binarize": _ELASTIC_BINARIZE,
+    "fastbb::elastic_binarize_backward": _ELASTIC_BINARIZE,
+    "fastbb::binary_attention": {
+        kind: binary_attention.TOLERANCES[dtype] for kind, dtype in KINDS.items()
+    },
     "fastbb::null": {kind: null.TOLERANCES[dtype] for kind, dtype in KINDS.items()},
     "fastbb::window_attention": _WINDOW_ATTENTION,
     "fastbb::window_attention_backward": _WINDOW_ATTENTION,
