@@ -121,7 +121,10 @@ def test_compiles_with_dynamic_rows():
     sample = build("bert")
     settings = {key: value for key, value in sample.kwargs.items() if key != "x"}
     compiled = torch.compile(
-        lambda x: ops.binary_linear(x, **settings), fullgraph=True, dynamic=True, backend="aot_eager"
+        lambda x: ops.binary_linear(x, **settings),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
     )
     for rows in (3, 8, 17):
         x = torch.randn(rows, 192)

@@ -70,7 +70,8 @@ def test_linear_takes_over_a_float_one() -> None:
 @pytest.mark.parametrize("kind", ["ternary", "plus", "minus", "unsigned"])
 @pytest.mark.parametrize("preset", ["bit", "bibert"])
 def test_packed_linear_equals_the_latent_one(preset: str, kind: str, k: int) -> None:
-    layer = linear(preset, k=k, kind=kind)
+    elastic = preset == "bit" or kind == "unsigned"
+    layer = linear(preset, k=k, kind=kind, elastic=elastic)
     packed = layer.to_packed()
     x = torch.randn(3, 7, k)
     x[0, 0] = 0.0 if layer.shift is None else -layer.shift.detach()
@@ -390,6 +391,7 @@ def test_modules_are_copied_and_pickled() -> None:
         ({"scale": "none"}, "scale must be one of"),
         ({"zero_policy": "ternary"}, "zero_policy must be one of"),
         ({"weight_ste": "bireal"}, "weight_ste must be one of"),
+        ({"kind": "unsigned", "elastic": False}, "elastic must be True for unsigned inputs"),
     ],
 )
 def test_bad_settings_of_linear(settings: dict[str, Any], message: str) -> None:

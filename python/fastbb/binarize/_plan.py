@@ -176,10 +176,10 @@ def plan_binarize(
         if type(module) in rules:
             rules[type(module)](plan, module)
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)) and not plan.seen(module):
-            if not plan.skips(module):
-                reason = _foreign(module) or _outside(plan, parents.get(id(module)), rules)
-                plan.skip(module, reason)
+        plain = isinstance(module, (nn.Linear, nn.Embedding))
+        if plain and not plan.seen(module) and not plan.skips(module):
+            reason = _foreign(module) or _outside(plan, parents.get(id(module)), rules)
+            plan.skip(module, reason)
     return plan.changes, plan.report
 
 

@@ -16,7 +16,6 @@ from fastbb.nn.binary_attention import attend
 from fastbb.nn.binary_bert import pool
 from fastbb.nn.binary_linear import PackedBinaryLinear, feed_forward
 
-
 # Of decoders, and of earlier versions of the library.
 _REFUSED = (
     "cache",

@@ -44,7 +44,8 @@ class BinaryLinear(nn.Linear):
         scale: mean of |weight| that multiplies its signs: of the `"tensor"` or of each `"row"`.
         zero_policy: sign of a centred weight of 0, `"plus"` or `"minus"`.
         weight_ste: gradient of the signs of the weight, `"identity"` or `"clip"`.
-        elastic: a learned scale `alpha` `[1]`; `fastbb.nn.calibrate` sets it from data.
+        elastic: a learned scale `alpha` `[1]`; `fastbb.nn.calibrate` sets it from data. Unsigned
+            values need one.
         shift: a learned shift per input channel, at first 0.
 
     `fastbb.nn.PRESETS` has the settings of papers.
@@ -79,6 +80,8 @@ class BinaryLinear(nn.Linear):
         check_choice(op, "scale", scale, ("tensor", "row"))
         check_choice(op, "zero_policy", zero_policy, ("plus", "minus"))
         check_choice(op, "weight_ste", weight_ste, ("identity", "clip"))
+        if kind == "unsigned" and not elastic:
+            fail(op, "elastic", "must be True for unsigned inputs", elastic)
         self.kind = kind
         self.ste = ste
         self.center = center
