@@ -121,7 +121,7 @@ def test_bipft(impl: str) -> None:
     doubles = tuple(x.detach().double().requires_grad_() for x in estimates)
     exact = bipft(heads, sizes, doubles, mask.double()[:, None, None])
     assert_close(out, exact.transpose(1, 2), TOLERANCE.forward)
-    assert 0.02 < (exact != 0).double().mean() and exact.abs().max() > 0
+    assert (exact != 0).double().mean() > 0.02
 
     grad_out = torch.randn(out.shape)
     found = torch.autograd.grad(out, (*qkv, alphas, *estimates), grad_out)

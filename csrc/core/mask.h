@@ -46,7 +46,8 @@ FASTBB_INLINE VecF select(Mask mask, VecF yes, VecF no) {
 
 FASTBB_INLINE VecH select(Mask mask, VecH yes, VecH no) {
 #if defined(__AVX512F__)
-  return bit_cast<VecH>(_mm256_mask_blend_epi16(mask, bit_cast<__m256i>(no), bit_cast<__m256i>(yes)));
+  return bit_cast<VecH>(
+      _mm256_mask_blend_epi16(mask, bit_cast<__m256i>(no), bit_cast<__m256i>(yes)));
 #else
   using VecS = int16_t __attribute__((vector_size(kLanes * 2)));
   return __builtin_convertvector(mask, VecS) ? yes : no;

@@ -19,9 +19,9 @@
 // caches up to some thousand keys.
 #pragma once
 
-#include "core/philox.h"
 #include "core/scratch.h"
 #include "ops/binary_attention/binary_attention_bits.h"
+#include "ops/binary_attention/binary_attention_dropout.h"
 
 namespace fastbb {
 namespace {
@@ -265,19 +265,6 @@ inline double exponentials(float* scores, int64_t size, float largest) {
     total += reduce_add(sum);
   }
   return total;
-}
-
-// Which keys of the row that starts at element `first` dropout keeps.
-inline void write_kept(const BinaryAttentionParams& p, int64_t first, uint32_t* kept,
-                       int64_t words) {
-  std::memset(kept, 0, words * 4);
-  for (int64_t j = -(first % 4); j < p.nk; j += 4) {
-    const PhiloxBlock random = philox(p.seed, static_cast<uint64_t>(first + j) / 4);
-    for (int64_t i = j < 0 ? -j : 0; i < 4 && j + i < p.nk; ++i) {
-      const uint32_t bit = philox_keeps(random.word[i], p.dropout);
-      kept[(j + i) / kWordBits] |= bit << ((j + i) % kWordBits);
-    }
-  }
 }
 
 // 3. Bits of values above the limit, of kept keys if `kept` is given; returns their number.

@@ -108,24 +108,40 @@ std::vector<int64_t> planes_shape(const Tensor& x, const ElasticBinarizeParams& 
   return shape;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& alpha,
-                                   const OptionalTensor& shift, const std::string& kind,
-                                   const std::string& ste, bool save) {
+// Of x: values and planes, either or both.
+struct Forward {
+  Tensor out, planes;
+};
+
+Forward run_forward(const Tensor& x, const OptionalTensor& alpha, const OptionalTensor& shift,
+                    const std::string& kind, const std::string& ste, bool values, bool save) {
   Call call = describe("x", x, alpha, shift, kind, ste, Backend::kCpu);
   ElasticBinarizeParams& p = call.params;
   p.x = rows_of(call, x, p.x_row);
-  const Tensor out = torch::stable::new_empty(x, shape_of(x));
-  const Tensor planes = torch::stable::new_empty(
-      x, save ? planes_shape(x, p) : std::vector<int64_t>{0}, ScalarType::Byte);
-  p.out = out.mutable_data_ptr();
+  const std::vector<int64_t> nothing{0};
+  const Tensor out = torch::stable::new_empty(x, values ? shape_of(x) : nothing);
+  const Tensor planes =
+      torch::stable::new_empty(x, save ? planes_shape(x, p) : nothing, ScalarType::Byte);
+  p.out = values ? out.mutable_data_ptr() : nullptr;
   p.planes = save ? static_cast<uint8_t*>(planes.mutable_data_ptr()) : nullptr;
 
   const ElasticBinarizePlan plan = elastic_binarize_plan(p);
   const ElasticBinarizeKernels& kernels = elastic_binarize_kernels();
-  torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
-    kernels.forward(p, plan, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, plan.tasks, 1, [&](int64_t begin, int64_t end) { kernels.forward(p, plan, begin, end); });
   return {out, planes};
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& alpha,
+                                   const OptionalTensor& shift, const std::string& kind,
+                                   const std::string& ste, bool save) {
+  const auto [out, planes] = run_forward(x, alpha, shift, kind, ste, true, save);
+  return {out, planes};
+}
+
+Tensor forward_planes(const Tensor& x, const OptionalTensor& alpha, const OptionalTensor& shift,
+                      const std::string& kind, const std::string& ste) {
+  return run_forward(x, alpha, shift, kind, ste, false, true).planes;
 }
 
 // What the backward pass knows of x: x itself or planes.
@@ -174,15 +190,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const OptionalTe
   }
 
   const ElasticBinarizeKernels& kernels = elastic_binarize_kernels();
-  torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
-    kernels.backward(p, plan, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, plan.tasks, 1, [&](int64_t begin, int64_t end) { kernels.backward(p, plan, begin, end); });
   if (need_shift) {
     const int64_t blocks = (p.k + kElasticColumns - 1) / kElasticColumns;
     const int64_t grain = 1 + 100 / plan.tasks;  // blocks worth another thread
-    torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-      kernels.reduce(p, plan, begin, end);
-    });
+    torch::stable::parallel_for(
+        0, blocks, grain, [&](int64_t begin, int64_t end) { kernels.reduce(p, plan, begin, end); });
   }
   if (need_alpha) {
     double sum = 0;
@@ -204,9 +218,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbb, m) {
       "elastic_binarize_backward(Tensor grad, Tensor? x, Tensor planes, Tensor? alpha, "
       "Tensor? shift, str kind, str ste, bool need_alpha, bool need_shift) "
       "-> (Tensor dx, Tensor dalpha, Tensor dshift)");
+  m.def(
+      "elastic_planes(Tensor x, Tensor? alpha, Tensor? shift, str kind, str ste) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbb, CPU, m) {
   m.impl("elastic_binarize", TORCH_BOX(&fastbb::forward));
+  m.impl("elastic_planes", TORCH_BOX(&fastbb::forward_planes));
   m.impl("elastic_binarize_backward", TORCH_BOX(&fastbb::backward));
 }

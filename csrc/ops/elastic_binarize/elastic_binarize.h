@@ -6,8 +6,8 @@
 // one more that tells where the gradient passes. Unsigned kinds and kBiReal need x itself in the
 // backward pass.
 //
-// Gradients are products, factor * grad and phi * grad, even where a factor is 0: a grad of infinity
-// or NaN becomes NaN and is not lost. kUnsigned has one gradient, whatever ste is.
+// Gradients are products, factor * grad and phi * grad, even where a factor is 0: a grad of
+// infinity or NaN becomes NaN and is not lost. kUnsigned has one gradient, whatever ste is.
 #pragma once
 
 #include <cstdint>

@@ -5,8 +5,8 @@
 // the masks of the comparisons are the bits of the planes, and choose among the three values that
 // a result can have. Backward: bits become masks again, or x is compared once more; dx is written,
 // and sums over rows are kept in the task's partial sums, which stay in the L1 cache.
-// Bound: memory. Forward reads x and writes out and 1 to 3 bits per element; backward reads grad and
-// these bits (or x) and writes dx.
+// Bound: memory. Forward reads x and writes out and 1 to 3 bits per element; backward reads grad
+// and these bits (or x) and writes dx.
 #include "ops/elastic_binarize/elastic_binarize.h"
 
 #include <cfloat>
@@ -17,8 +17,8 @@
 namespace fastbb {
 namespace {
 
-constexpr int64_t kWord = 64;    // elements
-constexpr int64_t kRun = 1024;   // elements whose products are added in float32
+constexpr int64_t kWord = 64;   // elements
+constexpr int64_t kRun = 1024;  // elements whose products are added in float32
 
 FASTBB_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -265,19 +265,18 @@ void backward_tasks(const ElasticBinarizeParams& p, const ElasticBinarizePlan& p
         const int64_t run_end = least(run + kRun, k);
         for (int64_t c = run; c < run_end; c += kWord) {
           source.seek(row, c);
-          for_vectors(least(kWord, run_end - c),
-                      [&](int i, int count, auto whole) __attribute__((always_inline)) {
-                        const VecF g = take<whole>(grad + c + i, count);
-                        const Factors f = source.template at<whole>(i, count);
-                        const VecF d = f.dx * g;
-                        const Stored<T> result =
-                            Source::kExact ? stored_exactly(d, T{}) : stored(d, T{});
-                        put<whole>(dx + c + i, result, count);
-                        if (sums != nullptr) {
-                          put<whole>(sums + c + i, take<whole>(sums + c + i, count) + d, count);
-                        }
-                        products += f.dalpha * g;
-                      });
+          for_vectors(least(kWord, run_end - c), [&](int i, int count,
+                                                     auto whole) __attribute__((always_inline)) {
+            const VecF g = take<whole>(grad + c + i, count);
+            const Factors f = source.template at<whole>(i, count);
+            const VecF d = f.dx * g;
+            const Stored<T> result = Source::kExact ? stored_exactly(d, T{}) : stored(d, T{});
+            put<whole>(dx + c + i, result, count);
+            if (sums != nullptr) {
+              put<whole>(sums + c + i, take<whole>(sums + c + i, count) + d, count);
+            }
+            products += f.dalpha * g;
+          });
         }
         dalpha += reduce_add(products);
       }

@@ -51,8 +51,9 @@ class ElasticBinarize(nn.Module):
         self.kind: Kind = kind
         self.ste: Ste = ste
         self.alpha = nn.Parameter(torch.ones(1, **factory))
-        shift = None if features is None else nn.Parameter(torch.zeros(features, **factory))
-        self.register_parameter("shift", shift)
+        self.shift: nn.Parameter | None = None
+        if features is not None:
+            self.shift = nn.Parameter(torch.zeros(features, **factory))
 
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> ElasticBinarize:

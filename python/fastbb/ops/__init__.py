@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Public functions of the operators. Each docstring is the operator's specification."""
 
-from fastbb.ops._temporary import binary_linear_train
 from fastbb.ops.binary_attention import binary_attention
 from fastbb.ops.binary_linear import bgemm, binary_linear
+from fastbb.ops.binary_linear_train import binary_linear_train
 from fastbb.ops.binary_pack import (
     binary_embedding,
     pack_sign,

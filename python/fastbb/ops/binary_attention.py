@@ -211,11 +211,11 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[T
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, *sides, scale, probs, _ste, dropout_p, _seed, save = inputs
+    *tensors, scale, probs, _ste, dropout_p, _seed, save = inputs
     _out, lse, *planes = output
     ctx.mark_non_differentiable(lse, *planes)
-    ctx.save_for_backward(*planes, *sides)
-    ctx.dtype = k.dtype
+    ctx.save_for_backward(*planes, *tensors[3:])
+    ctx.dtype = tensors[0].dtype
     ctx.settings = (scale, probs, dropout_p)
     ctx.save = save
 
@@ -240,15 +240,14 @@ class _Gradients(torch.autograd.Function):
         dtype: torch.dtype,
         need: tuple[bool, ...],
         grad_out: Tensor,
-        *saved: Tensor | None,
+        *saved: Any,
     ) -> tuple[Tensor | None, ...]:
         return _gradients(settings, dtype, need, grad_out, *saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> None:
         raise NotImplementedError(
-            f"{OP}: second derivatives have no kernel; "
-            'use impl="reference" where they are needed'
+            f'{OP}: second derivatives have no kernel; use impl="reference" where they are needed'
         )
 
 
@@ -275,23 +274,18 @@ def _gradients(
     )
     wide = grad.new_ones(4) if alphas is None else floored(alphas.float())
     a_q, a_k, a_v, a_p = wide.unbind()
+    size_p = a_p if probs == "softmax" else torch.ones_like(a_p)
     bits, *kept = unpack_bool(p_planes, k.shape[2]).unbind(-2)
+    ones = bits.to(grad.dtype)
 
-    scores = (q @ k.mT) * (a_q * a_k)
-    if est_q is not None and est_k is not None:
-        scores = scores + (est_q.float() @ est_k.float().mT).unsqueeze(1)
-    scores = scores * scale
-    if mask is not None:
-        scores = scores + (mask[:, None, None] if mask.dim() == 2 else mask[:, None]).float()
-    weights = scores.softmax(-1) if probs == "softmax" else scores
-
+    weights = _scores((q @ k.mT) * (a_q * a_k), scale, mask, est_q, est_k)
+    if probs == "softmax":
+        weights = weights.softmax(-1)
+    dropped = torch.where(kept[0], weights / (1 - dropout_p), 0.0) if kept else weights
     grad_p = (grad @ v.mT) * a_v
     row_sums = grad.sum(-1, keepdim=True)
     if v_p is not None:
         grad_p = grad_p + row_sums * v_p.float()[:, None, None]
-    dropped = torch.where(kept[0], weights / (1 - dropout_p), 0.0) if kept else weights
-    ones = bits.to(grad.dtype)
-    size_p = a_p if probs == "softmax" else torch.ones_like(a_p)
     if probs == "softmax":
         u = dropped / a_p
         inside = (u >= 0) & (u <= 1)
@@ -326,6 +320,18 @@ def _gradients(
     return dq, dk, dv, dalphas, None, dest_q, dest_k, dv_p
 
 
+def _scores(
+    products: Tensor, scale: float, mask: Tensor | None, est_q: Tensor | None, est_k: Tensor | None
+) -> Tensor:
+    """Scores `[B, h, Nq, Nk]` from the products of the signs."""
+    if est_q is not None and est_k is not None:
+        products = products + (est_q.float() @ est_k.float().mT).unsqueeze(1)
+    scores = products * scale
+    if mask is None:
+        return scores
+    return scores + (mask[:, None, None] if mask.dim() == 2 else mask[:, None]).float()
+
+
 def _signs(planes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Planes `[B, N, h, 3, bytes]` -> signs, float32, and where gradients pass: `[B, h, N, d]`."""
     positive, negative, passes = unpack_bool(planes.transpose(1, 2), channels).unbind(-2)
@@ -334,7 +340,7 @@ def _signs(planes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 def _mean_root(x: Tensor) -> Tensor:
     """Sum over the root of the number of elements."""
-    return x.sum() / torch.sym_max(x.numel(), 1) ** 0.5
+    return torch.div(x.sum(), torch.sym_max(x.numel(), 1) ** 0.5)
 
 
 torch.library.register_autograd("fastbb::binary_attention", _backward, setup_context=_setup_context)

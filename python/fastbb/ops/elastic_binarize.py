@@ -148,9 +148,17 @@ def _check_devices(*tensors: Tensor | None) -> None:
 def _fake(
     x: Tensor, alpha: Tensor | None, shift: Tensor | None, kind: str, ste: str, save: bool
 ) -> tuple[Tensor, Tensor]:
+    planes = _fake_planes(x, alpha, shift, kind, ste)
+    return x.new_empty(x.shape), planes if save else planes.new_empty((0,))
+
+
+@torch.library.register_fake("fastbb::elastic_planes")
+def _fake_planes(
+    x: Tensor, alpha: Tensor | None, shift: Tensor | None, kind: str, ste: str
+) -> Tensor:
     _check_devices(x, alpha, shift)
-    planes = (*x.shape[:-1], plane_count(kind, ste), reference.bit_row_bytes(x.shape[-1]))
-    return x.new_empty(x.shape), x.new_empty(planes if save else (0,), dtype=torch.uint8)
+    shape = (*x.shape[:-1], plane_count(kind, ste), reference.bit_row_bytes(x.shape[-1]))
+    return x.new_empty(shape, dtype=torch.uint8)
 
 
 @torch.library.register_fake("fastbb::elastic_binarize_backward")

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbb.ops import elastic_binarize, window_attention
-from fastbb.ops import binary_attention, window_attention
-from fastbb.testing import binary_attention as binary_attention_samples
+from fastbb import reference
+from fastbb.ops import binary_attention, elastic_binarize, window_attention
 from fastbb.testing import (
     SAMPLES,
     Bounds,
@@ -24,6 +23,7 @@ from fastbb.testing import (
     assert_close,
     assert_grads_close,
 )
+from fastbb.testing import binary_attention as binary_attention_samples
 from fastbb.testing import elastic_binarize as _elastic
 from fastbb.testing.sample import leaves, random_like
 from fastbb.testing.window_attention import in_float64, raw_args
@@ -134,6 +134,16 @@ def _exact_null(sample: Sample) -> Outputs:
     return {"out": sample.args[0].double()}
 
 
+def _exact_gemm(sample: Sample) -> Outputs:
+    return {"out": reference.bgemm(*sample.args).double()}
+
+
+def _exact_linear(sample: Sample) -> Outputs:
+    """Bits from float32 as the operator's own are; floats that are rounded no further."""
+    kwargs = {**sample.kwargs, "out_dtype": torch.float64}
+    return {"out": reference.binary_linear(**kwargs).double()}
+
+
 def _exact_binary_attention(sample: Sample) -> Outputs:
     """The result by the reference in float64; planes of q, k and v from the CPU kernel. Those of
     the probabilities may differ at ties, which the result would show.
@@ -173,6 +183,10 @@ def _exact_elastic(sample: Sample) -> Outputs:
     return {"out": elastic_binarize(**kwargs, impl="reference"), "planes": planes.double()}
 
 
+def _exact_planes(sample: Sample) -> Outputs:
+    return {"out": _elastic.exact_planes(_elastic.in_float64(sample.kwargs)).double()}
+
+
 def _exact_elastic_gradients(sample: Sample) -> Outputs:
     kwargs = _elastic.in_float64(sample.kwargs)
     return _gradients(elastic_binarize(**kwargs, impl="reference"), sample, leaves(kwargs))
@@ -187,6 +201,17 @@ def _with_gradients(device: str | torch.device, dtype: torch.dtype) -> Iterator[
 
 
 CHECKS: dict[str, Check] = {
+    "bgemm": Check("bgemm", ("bgemm",), SAMPLES["fastbb::bgemm"], _exact_gemm),
+    "binary_attention": Check(
+        "binary_attention",
+        ("binary_attention",),
+        SAMPLES["fastbb::binary_attention"],
+        _exact_binary_attention,
+        names=("out", "lse", "q_planes", "k_planes", "v_planes", "p_planes"),
+    ),
+    "binary_linear": Check(
+        "binary_linear", ("binary_linear",), SAMPLES["fastbb::binary_linear"], _exact_linear
+    ),
     "elastic_binarize": Check(
         "elastic_binarize",
         ("elastic_binarize",),
@@ -200,12 +225,12 @@ CHECKS: dict[str, Check] = {
         _elastic_with_gradients,
         _exact_elastic_gradients,
         gradients=True,
-    "binary_attention": Check(
-        "binary_attention",
-        ("binary_attention",),
-        SAMPLES["fastbb::binary_attention"],
-        _exact_binary_attention,
-        names=("out", "lse", "q_planes", "k_planes", "v_planes", "p_planes"),
+    ),
+    "elastic_planes": Check(
+        "elastic_planes",
+        ("elastic_planes",),
+        SAMPLES["fastbb::elastic_planes"],
+        _exact_planes,
     ),
     "null": Check("null", ("null",), SAMPLES["fastbb::null"], _exact_null),
     "window_attention": Check(

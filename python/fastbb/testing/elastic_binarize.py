@@ -153,6 +153,17 @@ def backward_samples(
         yield build_backward(name, device, dtype, seed)
 
 
+def planes_samples(
+    device: str | torch.device,
+    dtype: torch.dtype,
+    requires_grad: bool = False,
+    seed: int = 0,
+) -> Iterator[Sample]:
+    """Every case, for the operator that makes planes alone."""
+    for sample in samples(device, dtype, seed=seed):
+        yield Sample(sample.name, sample.args[:-1], sample.kwargs)
+
+
 def in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The same arguments in float64. Leaves that require gradients stay such leaves."""
 
