@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "ops/binary_attention/binary_attention_cuda.h"
 #include "ops/elastic_binarize/elastic_binarize_cuda.h"
 #include "ops/null/null_cuda.h"
 #include "ops/window_attention/window_attention_cuda.h"
@@ -122,6 +123,19 @@ py::bytes bytes_of(const Plan& plan) {
   return py::bytes(reinterpret_cast<const char*>(&plan), sizeof(plan));
 }
 
+py::dict binary_attention_cuda_plan(const std::string& params) {
+  const auto plan = fastbb::binary_attention_cuda_plan(
+      params_of<fastbb::BinaryAttentionParams>("binary_attention_cuda_plan", params));
+  py::dict result;
+  result["bytes"] = bytes_of(plan);
+  result["launch"] = launch_of(plan.launch);
+  result["q_block"] = plan.q_block;
+  result["chunk"] = plan.chunk;
+  result["words"] = plan.words;
+  result["training"] = plan.training;
+  return result;
+}
+
 py::dict elastic_binarize_cuda_plan(const std::string& params) {
   const auto plan = fastbb::elastic_binarize_cuda_plan(
       params_of<fastbb::ElasticBinarizeParams>("elastic_binarize_cuda_plan", params));
@@ -191,6 +205,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return fastbb::isa_name(fastbb::isa()); }, "Level in force.");
   m.def("isa_levels", &isa_levels, "Levels of this build that this machine runs, weakest first.");
   m.def("set_isa", &set_isa, py::arg("level"), "Process-wide level of the CPU kernels.");
+  m.def("binary_attention_cuda_plan", &binary_attention_cuda_plan, py::arg("params"),
+        "How the CUDA kernel of binary_attention is launched; params: the C++ struct.");
   m.def("elastic_binarize_cuda_plan", &elastic_binarize_cuda_plan, py::arg("params"),
         "How the CUDA kernels of elastic_binarize are launched; params: the C++ struct.");
   m.def("null_cuda_plan", &null_cuda_plan, py::kw_only(), py::arg("element_bytes"), py::arg("x"),
