@@ -9,6 +9,9 @@
 
 #include "core/isa.h"
 #include "ops/binary_attention/binary_attention_cuda.h"
+#include "ops/binary_linear/binary_linear.h"
+#include "ops/binary_linear/binary_linear_cuda.h"
+#include "ops/binary_pack/binary_pack_cuda.h"
 #include "ops/elastic_binarize/elastic_binarize_cuda.h"
 #include "ops/null/null_cuda.h"
 #include "ops/window_attention/window_attention_cuda.h"
@@ -136,6 +139,29 @@ py::dict binary_attention_cuda_plan(const std::string& params) {
   return result;
 }
 
+py::dict binary_linear_cuda_plan(const std::string& params) {
+  const auto plan = fastbb::binary_linear_cuda_plan(
+      params_of<fastbb::BinaryLinearParams>("binary_linear_cuda_plan", params));
+  py::dict result;
+  result["bytes"] = bytes_of(plan);
+  result["launch"] = launch_of(plan.launch);
+  result["rows"] = plan.rows;
+  result["aligned"] = plan.aligned;
+  return result;
+}
+
+py::dict binary_pack_cuda_plan(int64_t rows, int64_t k) {
+  const auto words = fastbb::binary_pack_cuda_plan(rows, k);
+  const auto stats = fastbb::binary_stats_cuda_plan(rows);
+  py::dict result;
+  result["bytes"] = bytes_of(words);
+  result["launch"] = launch_of(words.launch);
+  result["stats_bytes"] = bytes_of(stats);
+  result["stats"] = launch_of(stats.launch);
+  result["means"] = launch_of(fastbb::binary_means_cuda_launch());
+  return result;
+}
+
 py::dict elastic_binarize_cuda_plan(const std::string& params) {
   const auto plan = fastbb::elastic_binarize_cuda_plan(
       params_of<fastbb::ElasticBinarizeParams>("elastic_binarize_cuda_plan", params));
@@ -207,6 +233,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, py::arg("level"), "Process-wide level of the CPU kernels.");
   m.def("binary_attention_cuda_plan", &binary_attention_cuda_plan, py::arg("params"),
         "How the CUDA kernel of binary_attention is launched; params: the C++ struct.");
+  m.def("binary_linear_cuda_plan", &binary_linear_cuda_plan, py::arg("params"),
+        "How the CUDA kernel of binary_linear is launched; params: the C++ struct.");
+  m.def("binary_pack_cuda_plan", &binary_pack_cuda_plan, py::arg("rows"), py::arg("k"),
+        "How the CUDA kernels of binary_pack are launched.");
+  m.def(
+      "bit_peak", [](int64_t steps) { return fastbb::binary_linear_kernels().peak(steps); },
+      py::arg("steps"), py::call_guard<py::gil_scoped_release>(),
+      "Counts ones of ANDs in registers for a while, at the level in force; returns how many "
+      "bits.");
   m.def("elastic_binarize_cuda_plan", &elastic_binarize_cuda_plan, py::arg("params"),
         "How the CUDA kernels of elastic_binarize are launched; params: the C++ struct.");
   m.def("null_cuda_plan", &null_cuda_plan, py::kw_only(), py::arg("element_bytes"), py::arg("x"),

@@ -303,6 +303,19 @@ FASTBB_SIMT_UNCHECKED void exchange_lanes(void* const* lanes) {
   }
 }
 
+FASTBB_SIMT_UNCHECKED void take_lanes(void* const* lanes) {
+  for (int i = 0; i < kLanes; ++i) {
+    auto* own = static_cast<Exchange*>(lanes[i]);
+    own->out = static_cast<Exchange*>(lanes[own->step % kLanes])->in;
+  }
+}
+
+FASTBB_SIMT_UNCHECKED void gather_votes(void* const* lanes) {
+  uint32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= static_cast<Exchange*>(lanes[i])->in << i;
+  for (int i = 0; i < kLanes; ++i) static_cast<Exchange*>(lanes[i])->out = found;
+}
+
 FASTBB_SIMT_UNCHECKED void any_lane(void* const* lanes) {
   uint32_t found = 0;
   for (int i = 0; i < kLanes; ++i) found |= static_cast<Exchange*>(lanes[i])->in;
@@ -323,6 +336,20 @@ FASTBB_SIMT_UNCHECKED bool any(uint32_t mask, bool x) {
   Exchange lane{x, 0, 0};
   meet(2, &lane, any_lane);
   return lane.out != 0;
+}
+
+FASTBB_SIMT_UNCHECKED uint32_t take(uint32_t mask, uint32_t bits, int lane) {
+  if (mask != 0xffffffffu) fail("a shuffle of a part of a warp");
+  Exchange own{bits, 0, lane};
+  meet(3, &own, take_lanes);
+  return own.out;
+}
+
+FASTBB_SIMT_UNCHECKED uint32_t ballot(uint32_t mask, bool x) {
+  if (mask != 0xffffffffu) fail("a vote of a part of a warp");
+  Exchange lane{x, 0, 0};
+  meet(4, &lane, gather_votes);
+  return lane.out;
 }
 
 // Not marked: these writes and reads are the kernel's, and sanitizers must see them.

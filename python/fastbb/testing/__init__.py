@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastbb import config
-from fastbb.testing import null, window_attention
+from fastbb.testing import binary_linear, null, window_attention
 from fastbb.testing.compare import (
     Bounds,
     OutOfBounds,
@@ -47,12 +47,16 @@ __all__ = [
 ]
 
 SAMPLES: dict[str, Callable[..., Iterator[Sample]]] = {
+    "fastbb::bgemm": binary_linear.gemm_samples,
+    "fastbb::binary_linear": binary_linear.samples,
     "fastbb::null": null.samples,
     "fastbb::window_attention": window_attention.samples,
     "fastbb::window_attention_backward": window_attention.backward_samples,
 }
 
 TOLERANCES: dict[str, dict[torch.dtype, Tolerance]] = {
+    "fastbb::bgemm": binary_linear.GEMM_TOLERANCES,
+    "fastbb::binary_linear": binary_linear.TOLERANCES,
     "fastbb::null": null.TOLERANCES,
     "fastbb::window_attention": window_attention.TOLERANCES,
     "fastbb::window_attention_backward": window_attention.TOLERANCES,

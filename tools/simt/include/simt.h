@@ -38,7 +38,9 @@ void barrier(int line);
 void meet(int kind, void* operand, void (*work)(void* const* operands));
 
 uint32_t exchange(uint32_t mask, uint32_t bits, int step);
+uint32_t take(uint32_t mask, uint32_t bits, int lane);
 bool any(uint32_t mask, bool x);
+uint32_t ballot(uint32_t mask, bool x);
 
 // Asynchronous copies. The destination is poisoned at once and written when their group was waited
 // for.
