@@ -72,7 +72,9 @@ def launch_of(kernel: str) -> dict[str, int]:
 class Case:
     """Arguments, and what the reference makes of them.
 
-    No probability is so close to its threshold that rounding decides on its bit.
+    Attributes:
+        sure: probabilities on whose bit rounding does not decide; other bits, and results of their
+            rows, are not compared.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Case:
             "seed": (1 << 40) + 7,
         }
         if alphas:
-            self.keywords["alphas"] = torch.tensor([0.9, 1.1, 0.7, 2.5 / nk])
+            self.keywords["alphas"] = torch.tensor([0.9, 1.1, 0.7, min(2.5 / nk, 0.8)])
         if mask == "keys":
             extra = torch.zeros(batch, nk)
             extra[:, 2::7] = torch.finfo(torch.float32).min
@@ -142,17 +144,14 @@ class Case:
         }
         q, k, v = (x.double() for x in (self.q, self.k, self.v))
         self.out = binary_attention(q, k, v, **doubles)
-        # Scores by values that select single keys: with v_p of 1 at one of them the result is a bit.
-        p = self._probabilities(q, k, doubles)
-        self.lse, weights, threshold = p
-        shape = weights.shape
+        self.lse, weights, threshold = self._probabilities(q, k, doubles)
         dropout = self.keywords["dropout_p"]
-        self.kept = philox_keep(tuple(shape), dropout, self.keywords["seed"], q.device)
+        self.kept = philox_keep(tuple(weights.shape), dropout, self.keywords["seed"], q.device)
         dropped = torch.where(self.kept, weights / (1 - dropout), 0.0) if dropout else weights
-        margin = (dropped - threshold).abs() > 1e-5 * threshold
-        exact = dropped == threshold
-        assert (margin | exact | dropped.isnan()).all(), "a probability on its threshold"
         self.bits = dropped > threshold
+        margin = 1e-4 * (threshold or 0.1)
+        self.sure = ((dropped - threshold).abs() > margin) | (dropped == threshold)
+        self.sure |= dropped.isnan()
 
     def _probabilities(
         self, q: Tensor, k: Tensor, sides: dict[str, Any]
@@ -261,7 +260,8 @@ class Call:
         out = self._read(p.out, case.dtype, case.out.shape)
         bound = BOUNDS[case.dtype]
         close = {"rtol": bound, "atol": bound / 4, "equal_nan": True}
-        torch.testing.assert_close(out.double(), case.out, **close)
+        rows = case.sure.all(-1).transpose(1, 2)
+        torch.testing.assert_close(out.double()[rows], case.out[rows], **close)
         if not case.save:
             return
         for name in ("q", "k", "v"):
@@ -270,7 +270,8 @@ class Call:
             assert torch.equal(found, expected), name
         expected = case.p_planes()
         found = self._read(p.p_planes, torch.uint8, expected.shape)
-        assert torch.equal(found, expected), "probabilities"
+        unsure = pack_bool(~case.sure).unsqueeze(-2)
+        assert not ((found ^ expected) & ~unsure).any(), "probabilities"
         if p.lse:
             lse = self._read(p.lse, torch.float32, case.lse.shape)
             torch.testing.assert_close(lse.double(), case.lse, rtol=1e-5, atol=1e-5)

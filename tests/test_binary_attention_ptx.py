@@ -34,6 +34,7 @@ def module(kind: str, arch: str = "80") -> ptxsim.Module:
 
 
 def check(case: Case, arch: str = "80", **options: Any) -> Call:
+    assert case.sure.all()
     call = Call(case)
     call.run(module(KINDS[case.dtype], arch), **options)
     call.check()
