@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "ops/binary_linear/binary_linear.h"
 #include "ops/null/null_cuda.h"
 #include "ops/window_attention/window_attention_cuda.h"
 
@@ -166,6 +167,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return fastbb::isa_name(fastbb::isa()); }, "Level in force.");
   m.def("isa_levels", &isa_levels, "Levels of this build that this machine runs, weakest first.");
   m.def("set_isa", &set_isa, py::arg("level"), "Process-wide level of the CPU kernels.");
+  m.def(
+      "bit_peak", [](int64_t steps) { return fastbb::binary_linear_kernels().peak(steps); },
+      py::arg("steps"), py::call_guard<py::gil_scoped_release>(),
+      "Counts ones of ANDs in registers for a while, at the level in force; returns how many bits.");
   m.def("null_cuda_plan", &null_cuda_plan, py::kw_only(), py::arg("element_bytes"), py::arg("x"),
         py::arg("x_row"), py::arg("out"), py::arg("rows"), py::arg("columns"),
         "How the CUDA kernel of null is launched; x and out are addresses.");

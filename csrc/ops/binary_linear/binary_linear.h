@@ -56,6 +56,9 @@ FASTBB_EXPORT BinaryLinearPlan binary_linear_plan(const BinaryLinearParams& p);
 
 struct BinaryLinearKernels {
   void (*forward)(const BinaryLinearParams&, const BinaryLinearPlan&, int64_t begin, int64_t end);
+  // The limit of the instruction set: AND, count and add of registers alone, `steps` times for as
+  // many sums as a register tile has. Returns how many bits that were.
+  int64_t (*peak)(int64_t steps);
 };
 FASTBB_EXPORT const BinaryLinearKernels& binary_linear_kernels();
 

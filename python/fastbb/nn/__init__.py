@@ -11,6 +11,7 @@ from fastbb.nn.conv import (
     PatchMerging,
     SqueezeExcite,
 )
+from fastbb.nn.elastic_binarize import ElasticBinarize
 from fastbb.nn.layers import ClassifierHead, DropPath, LayerScale, Mlp
 from fastbb.nn.window_attention import (
     GlobalWindowAttention,
@@ -24,6 +25,7 @@ __all__ = [
     "ConvMlp",
     "Downsample",
     "DropPath",
+    "ElasticBinarize",
     "GlobalContextStem",
     "GlobalQueryGenerator",
     "GlobalWindowAttention",

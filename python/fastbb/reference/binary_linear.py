@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,11 +56,14 @@ def binary_linear(
     `[..., N]` of `out_dtype`, or with `out_kind` packed, as the next layer's input.
     """
     bits = x if x.dtype == torch.uint8 else pack(x, kind, alpha, shift)
-    dot = bgemm(_rows(bits, kind), weight_bits, k, kind).float()
-    lead = bits.shape[: -2 if kind == "ternary" else -1]
+    trailing = 2 if kind == "ternary" else 1
+    lead = bits.shape[: bits.dim() - trailing]
+    rows = bits.reshape(math.prod(lead), *bits.shape[bits.dim() - trailing :])
+    dot = bgemm(rows, weight_bits, k, value_kind(kind)).float()
     factor = weight_scale if alpha is None else weight_scale * floored(alpha.float())
     y = dot * factor.flatten()
-    y = activate(y if bias is None else y + bias.float(), activation).reshape(*lead, -1)
+    y = activate(y if bias is None else y + bias.float(), activation)
+    y = y.reshape(*lead, weight_bits.shape[0])
     return y.to(out_dtype) if out_kind is None else pack(y, out_kind, out_alpha, out_shift)
 
 
@@ -67,10 +72,6 @@ def pack(x: Tensor, kind: str, alpha: Tensor | None, shift: Tensor | None) -> Te
     if kind == "unsigned":
         return pack_unsigned(x, x.new_ones(1) if alpha is None else alpha, shift)
     return pack_sign(x, shift, kind)
-
-
-def _rows(bits: Tensor, kind: str) -> Tensor:
-    return bits.flatten(0, -3 if kind == "ternary" else -2) if bits.dim() > 1 else bits
 
 
 def binary_linear_train(

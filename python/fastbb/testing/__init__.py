@@ -18,7 +18,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastbb import config
-from fastbb.testing import null, window_attention
+from fastbb.testing import (
+    binary_attention,
+    binary_linear,
+    elastic_binarize,
+    null,
+    window_attention,
+)
 from fastbb.testing.compare import (
     Bounds,
     OutOfBounds,
@@ -47,12 +53,24 @@ __all__ = [
 ]
 
 SAMPLES: dict[str, Callable[..., Iterator[Sample]]] = {
+    "fastbb::bgemm": binary_linear.gemm_samples,
+    "fastbb::binary_attention": binary_attention.samples,
+    "fastbb::binary_linear": binary_linear.samples,
+    "fastbb::elastic_binarize": elastic_binarize.samples,
+    "fastbb::elastic_binarize_backward": elastic_binarize.backward_samples,
+    "fastbb::elastic_planes": elastic_binarize.planes_samples,
     "fastbb::null": null.samples,
     "fastbb::window_attention": window_attention.samples,
     "fastbb::window_attention_backward": window_attention.backward_samples,
 }
 
 TOLERANCES: dict[str, dict[torch.dtype, Tolerance]] = {
+    "fastbb::bgemm": binary_linear.GEMM_TOLERANCES,
+    "fastbb::binary_attention": binary_attention.TOLERANCES,
+    "fastbb::binary_linear": binary_linear.TOLERANCES,
+    "fastbb::elastic_binarize": elastic_binarize.TOLERANCES,
+    "fastbb::elastic_binarize_backward": elastic_binarize.TOLERANCES,
+    "fastbb::elastic_planes": elastic_binarize.TOLERANCES,
     "fastbb::null": null.TOLERANCES,
     "fastbb::window_attention": window_attention.TOLERANCES,
     "fastbb::window_attention_backward": window_attention.TOLERANCES,
