@@ -308,7 +308,7 @@ class PackedBinaryLinear(PackedModule):
             self.bias,
             k=self.in_features,
             alpha=self.alpha,
-            shift=self.shift,
+            shift=None if input.dtype == torch.uint8 else self.shift,
             kind=self.kind,
             activation=activation,
             out_dtype=dtype,
