@@ -91,7 +91,7 @@ cuda-budgets: $(BUILT) $(STAMPS)/test.txt  ## rewrite what CUDA kernels may use 
 
 .PHONY: test-simt
 test-simt: $(BUILT) $(STAMPS)/test.txt  ## CUDA sources as C++ on the host, many random samples
-	FASTBB_SIMT_ROUNDS=60 $(BIN)/python -m pytest tests/test_simt.py $(ARGS)
+	FASTBB_SIMT_ROUNDS=60 $(BIN)/python -m pytest tests/test_*_simt.py $(ARGS)
 
 .PHONY: build
 build: $(BUILT)  ## install what is needed and build, nothing more

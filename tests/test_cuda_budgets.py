@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
-from fastbb import _C
+from cuda_families import GROUPS
 from ptxsim import toolkit
-from window_attention_ptx import BACKWARD_SOURCES, SOURCES, Params
 
 BUDGETS = Path(__file__).resolve().parent / "cuda_budgets.json"
 REWRITE = os.environ.get("FASTBB_REWRITE_BUDGETS") == "1"
@@ -30,9 +29,6 @@ pytestmark = [
     pytest.mark.skipif(TOOLKIT is None, reason=f"no CUDA toolkit: {WHERE}"),
     pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt (binutils)"),
 ]
-# bf16 and tf32 differ from these by a conversion.
-KINDS = ("f16", "f32")
-MATHS = {"HalfMath": 2, "FloatMath": 0}  # -> dtype of the parameters
 STRICT = ("-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror")
 
 
@@ -68,20 +64,16 @@ def blocks_of(device: Device, registers: int, threads: int, shared: int) -> int:
     return min(by_registers, by_shared, device.threads // threads)
 
 
-def sources_of(kind: str) -> list[Path]:
-    return [SOURCES[kind], BACKWARD_SOURCES[kind]]
-
-
 def cubin(source: Path, arch: str) -> Path:
     assert TOOLKIT is not None
     return TOOLKIT.compile(source, arch, "cubin", STRICT)
 
 
 @functools.cache
-def registers(kind: str, arch: str) -> dict[str, int]:
+def registers(group: str, arch: str) -> dict[str, int]:
     """Registers by kernel; compiling fails where one spills or uses local memory."""
     assert TOOLKIT is not None
-    logs = (TOOLKIT.messages(cubin(source, arch)) for source in sources_of(kind))
+    logs = (TOOLKIT.messages(cubin(source, arch)) for source in GROUPS[group].sources)
     found = [
         each
         for log in logs
@@ -94,47 +86,19 @@ def registers(kind: str, arch: str) -> dict[str, int]:
     return {name: int(count) for name, (_, count) in zip(short, found, strict=True)}
 
 
-KERNEL = re.compile(
-    r"window_attention_(?P<what>\w+)<(?P<math>\w+), (?P<dim>\d+)"
-    r"(, (?P<pack>\d+))?(, (?P<all>\w+))?>"
-)
-
-
-def launch_of(kernel: str) -> dict[str, int]:
-    """The plan's launch for windows of 7 x 7, or as many tokens as fit side by side, or of 14 x 14
-    where a kernel serves larger windows alone.
-    """
-    if kernel.startswith(("window_attention_sum<", "window_attention_collapse")):
-        return {"block": 256 if "sum" in kernel else 128, "shared_bytes": 0}
-    match = KERNEL.fullmatch(kernel)
-    assert match is not None, kernel
-    pack = int(match["pack"] or 1)
-    larger = match["what"] == "backward_queries" or match["all"] == "false"
-    side = 14 if larger else {1: 7, 2: 5, 4: 4}[pack]
-    p = Params(dtype=MATHS[match["math"]], batch=1, heads=1, head_dim=int(match["dim"]), table=256)
-    p.map_h = p.map_w = p.window_h = p.window_w = side
-    p.nq = p.nk = side**2
-    p.windows_y = p.windows_x = 1
-    backward = match["what"].startswith("backward_")
-    plan_of = _C.window_attention_cuda_backward_plan if backward else _C.window_attention_cuda_plan
-    plan = plan_of(bytes(p))
-    assert (plan["dim"], plan["pack"]) == (int(match["dim"]), pack)
-    return plan[match["what"].removeprefix("backward_")]
-
-
-def measured(kind: str, arch: str) -> dict[str, dict[str, int]]:
+def measured(group: str, arch: str) -> dict[str, dict[str, int]]:
     found = {}
-    for kernel, count in registers(kind, arch).items():
-        launch = launch_of(kernel)
+    for kernel, count in registers(group, arch).items():
+        launch = GROUPS[group].launch_of(kernel)
         blocks = blocks_of(DEVICES[arch], count, launch["block"], launch["shared_bytes"])
         found[kernel] = {"registers": count, "blocks": blocks}
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("arch", DEVICES)
-def test_no_spills_and_within_budget(arch: str, kind: str) -> None:
-    found = measured(kind, arch)
+def test_no_spills_and_within_budget(arch: str, group: str) -> None:
+    found = measured(group, arch)
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
     if REWRITE:
         budgets.setdefault(arch, {}).update(found)
@@ -148,7 +112,7 @@ def test_no_spills_and_within_budget(arch: str, kind: str) -> None:
 
 
 def test_budgets_name_only_kernels_that_exist() -> None:
-    kernels = {name for kind in KINDS for name in registers(kind, "80")}
+    kernels = {name for group in GROUPS for name in registers(group, "80")}
     budgets = json.loads(BUDGETS.read_text())
     assert list(budgets) == sorted(DEVICES)
     for arch in budgets:

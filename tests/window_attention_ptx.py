@@ -6,6 +6,7 @@ launches of the C++ plan.
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor
 import ptxsim
 from fastbb import _C
 from fastbb.testing.sample import leaves
-from simt import MATHS
 
 FOLDER = Path(__file__).resolve().parent.parent / "csrc" / "ops" / "window_attention"
+MATHS = {"f16": "HalfMath", "bf16": "Bf16Math", "f32": "FloatMath", "tf32": "Tf32Math"}
 SOURCES = {kind: FOLDER / f"window_attention_cuda_{kind}.cu" for kind in MATHS}
 BACKWARD_SOURCES = {kind: FOLDER / f"window_attention_cuda_backward_{kind}.cu" for kind in MATHS}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,6 +30,7 @@ SIDE_FIELDS = {
     "k_pad": "dk_pad",
     "v_pad": "dv_pad",
 }
+MATH_DTYPES = {"HalfMath": 2, "FloatMath": 0}  # -> dtype of the parameters
 PAD_MODES = {"none": 0, "pad_then_roll": 1, "roll_then_pad": 2}
 
 _POINTER, _LONG, _INT = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int32
@@ -81,6 +83,35 @@ class Params(ctypes.Structure):
         ("tf32", ctypes.c_bool),
         ("grad", Gradients),
     ]
+
+
+_KERNEL = re.compile(
+    r"window_attention_(?P<what>\w+)<(?P<math>\w+), (?P<dim>\d+)"
+    r"(, (?P<pack>\d+))?(, (?P<all>\w+))?>"
+)
+
+
+def launch_of(kernel: str) -> dict[str, int]:
+    """The plan's launch for windows of 7 x 7, or as many tokens as fit side by side, or of 14 x 14
+    where a kernel serves larger windows alone.
+    """
+    if kernel.startswith(("window_attention_sum<", "window_attention_collapse")):
+        return {"block": 256 if "sum" in kernel else 128, "shared_bytes": 0}
+    match = _KERNEL.fullmatch(kernel)
+    assert match is not None, kernel
+    pack = int(match["pack"] or 1)
+    larger = match["what"] == "backward_queries" or match["all"] == "false"
+    side = 14 if larger else {1: 7, 2: 5, 4: 4}[pack]
+    p = Params(batch=1, heads=1, head_dim=int(match["dim"]), table=256)
+    p.dtype = MATH_DTYPES[match["math"]]
+    p.map_h = p.map_w = p.window_h = p.window_w = side
+    p.nq = p.nk = side**2
+    p.windows_y = p.windows_x = 1
+    backward = match["what"].startswith("backward_")
+    plan_of = _C.window_attention_cuda_backward_plan if backward else _C.window_attention_cuda_plan
+    plan = plan_of(bytes(p))
+    assert (plan["dim"], plan["pack"]) == (int(match["dim"]), pack)
+    return plan[match["what"].removeprefix("backward_")]
 
 
 def _bits(x: Tensor) -> np.ndarray:

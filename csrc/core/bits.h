@@ -9,6 +9,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define FASTBB_BITS __host__ __device__ constexpr
+#else
+#define FASTBB_BITS constexpr
+#endif
+
 namespace fastbb {
 
 // What the bits of an element x mean, with x' = x + shift:
@@ -31,8 +37,8 @@ enum class Ste : int {
 constexpr float kLeastAlpha = 1e-5f;
 
 constexpr int64_t kBitRowUnit = 128;  // elements
-constexpr int64_t bit_row_bytes(int64_t k) { return (k + kBitRowUnit - 1) / kBitRowUnit * 16; }
-constexpr int bit_planes(BitKind kind) { return kind == BitKind::kTernary ? 2 : 1; }
-constexpr bool is_signed(BitKind kind) { return kind != BitKind::kUnsigned; }
+FASTBB_BITS int64_t bit_row_bytes(int64_t k) { return (k + kBitRowUnit - 1) / kBitRowUnit * 16; }
+FASTBB_BITS int bit_planes(BitKind kind) { return kind == BitKind::kTernary ? 2 : 1; }
+FASTBB_BITS bool is_signed(BitKind kind) { return kind != BitKind::kUnsigned; }
 
 }  // namespace fastbb

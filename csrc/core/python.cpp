@@ -8,7 +8,11 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "ops/binary_attention/binary_attention_cuda.h"
 #include "ops/binary_linear/binary_linear.h"
+#include "ops/binary_linear/binary_linear_cuda.h"
+#include "ops/binary_pack/binary_pack_cuda.h"
+#include "ops/elastic_binarize/elastic_binarize_cuda.h"
 #include "ops/null/null_cuda.h"
 #include "ops/window_attention/window_attention_cuda.h"
 
@@ -105,19 +109,79 @@ py::dict window_attention_plan(int64_t batch, int64_t heads, int64_t head_dim, i
 }
 
 // Parameters as kernels get them, for whoever launches one without the package's launcher.
-fastbb::WindowAttentionParams window_attention_params(const std::string& params,
-                                                      int64_t many_blocks) {
-  fastbb::WindowAttentionParams p;
+template <class Params>
+Params params_of(const char* function, const std::string& params) {
+  Params p;
   if (params.size() != sizeof(p)) {
-    throw py::value_error("window_attention_cuda_plan: params must have " +
+    throw py::value_error(std::string(function) + ": params must have " +
                           std::to_string(sizeof(p)) + " bytes, got " +
                           std::to_string(params.size()));
   }
+  std::memcpy(static_cast<void*>(&p), params.data(), sizeof(p));
+  return p;
+}
+
+template <class Plan>
+py::bytes bytes_of(const Plan& plan) {
+  return py::bytes(reinterpret_cast<const char*>(&plan), sizeof(plan));
+}
+
+py::dict binary_attention_cuda_plan(const std::string& params) {
+  const auto plan = fastbb::binary_attention_cuda_plan(
+      params_of<fastbb::BinaryAttentionParams>("binary_attention_cuda_plan", params));
+  py::dict result;
+  result["bytes"] = bytes_of(plan);
+  result["launch"] = launch_of(plan.launch);
+  result["q_block"] = plan.q_block;
+  result["chunk"] = plan.chunk;
+  result["words"] = plan.words;
+  result["training"] = plan.training;
+  return result;
+}
+
+py::dict binary_linear_cuda_plan(const std::string& params) {
+  const auto plan = fastbb::binary_linear_cuda_plan(
+      params_of<fastbb::BinaryLinearParams>("binary_linear_cuda_plan", params));
+  py::dict result;
+  result["bytes"] = bytes_of(plan);
+  result["launch"] = launch_of(plan.launch);
+  result["rows"] = plan.rows;
+  result["aligned"] = plan.aligned;
+  return result;
+}
+
+py::dict binary_pack_cuda_plan(int64_t rows, int64_t k) {
+  const auto words = fastbb::binary_pack_cuda_plan(rows, k);
+  const auto stats = fastbb::binary_stats_cuda_plan(rows);
+  py::dict result;
+  result["bytes"] = bytes_of(words);
+  result["launch"] = launch_of(words.launch);
+  result["stats_bytes"] = bytes_of(stats);
+  result["stats"] = launch_of(stats.launch);
+  result["means"] = launch_of(fastbb::binary_means_cuda_launch());
+  return result;
+}
+
+py::dict elastic_binarize_cuda_plan(const std::string& params) {
+  const auto plan = fastbb::elastic_binarize_cuda_plan(
+      params_of<fastbb::ElasticBinarizeParams>("elastic_binarize_cuda_plan", params));
+  py::dict result;
+  result["bytes"] = bytes_of(plan);
+  result["forward"] = launch_of(plan.forward);
+  result["backward"] = launch_of(plan.backward);
+  result["sums"] = launch_of(plan.sums);
+  result["rows_per_task"] = plan.rows_per_task;
+  result["tasks"] = plan.tasks;
+  return result;
+}
+
+fastbb::WindowAttentionParams window_attention_params(const std::string& params,
+                                                      int64_t many_blocks) {
+  const auto p = params_of<fastbb::WindowAttentionParams>("window_attention_cuda_plan", params);
   if (many_blocks < 1) {
     throw py::value_error("window_attention_cuda_plan: many_blocks must be positive, got " +
                           std::to_string(many_blocks));
   }
-  std::memcpy(&p, params.data(), sizeof(p));
   return p;
 }
 
@@ -125,7 +189,7 @@ fastbb::WindowAttentionParams window_attention_params(const std::string& params,
 template <class Plan>
 py::dict plan_of(const Plan& plan) {
   py::dict result;
-  result["bytes"] = py::bytes(reinterpret_cast<const char*>(&plan), sizeof(plan));
+  result["bytes"] = bytes_of(plan);
   result["dim"] = plan.dim;
   result["pack"] = plan.pack;
   result["walk"] = plan.walk;
@@ -167,10 +231,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return fastbb::isa_name(fastbb::isa()); }, "Level in force.");
   m.def("isa_levels", &isa_levels, "Levels of this build that this machine runs, weakest first.");
   m.def("set_isa", &set_isa, py::arg("level"), "Process-wide level of the CPU kernels.");
+  m.def("binary_attention_cuda_plan", &binary_attention_cuda_plan, py::arg("params"),
+        "How the CUDA kernel of binary_attention is launched; params: the C++ struct.");
+  m.def("binary_linear_cuda_plan", &binary_linear_cuda_plan, py::arg("params"),
+        "How the CUDA kernel of binary_linear is launched; params: the C++ struct.");
+  m.def("binary_pack_cuda_plan", &binary_pack_cuda_plan, py::arg("rows"), py::arg("k"),
+        "How the CUDA kernels of binary_pack are launched.");
   m.def(
       "bit_peak", [](int64_t steps) { return fastbb::binary_linear_kernels().peak(steps); },
       py::arg("steps"), py::call_guard<py::gil_scoped_release>(),
-      "Counts ones of ANDs in registers for a while, at the level in force; returns how many bits.");
+      "Counts ones of ANDs in registers for a while, at the level in force; returns how many "
+      "bits.");
+  m.def("elastic_binarize_cuda_plan", &elastic_binarize_cuda_plan, py::arg("params"),
+        "How the CUDA kernels of elastic_binarize are launched; params: the C++ struct.");
   m.def("null_cuda_plan", &null_cuda_plan, py::kw_only(), py::arg("element_bytes"), py::arg("x"),
         py::arg("x_row"), py::arg("out"), py::arg("rows"), py::arg("columns"),
         "How the CUDA kernel of null is launched; x and out are addresses.");

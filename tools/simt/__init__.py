@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the CUDA sources of window attention as C++ on the host, plain or under sanitizers.
+"""Runs the CUDA sources of a family as C++ on the host, plain or under sanitizers.
 
 The sources are those of the package; headers in `include` stand in for CUDA's, for `core/ptx.cuh`
-and for `core/launch.cuh`. See simt.h for how blocks run.
+and for `core/launch.cuh`. See simt.h for how blocks run. A family adds `<stem>.cpp` here, which
+launches its kernels.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Any
+
+from ptxsim import Arena
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "simt"
-FAMILY = "ops/window_attention/window_attention_cuda"
-MATHS = {"f16": "HalfMath", "bf16": "Bf16Math", "f32": "FloatMath", "tf32": "Tf32Math"}
 SANITIZERS = {
     "plain": ["-O2"],
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -38,21 +40,28 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def build(kind: str, sanitizer: str = "plain", sources: Path = ROOT / "csrc") -> Path:
-    """Compiles the kernels of one element type, or finds the result of an earlier call.
+def build(
+    stem: str,
+    parts: Sequence[str],
+    sanitizer: str = "plain",
+    sources: Path = CSRC,
+    defines: Sequence[str] = (),
+) -> Path:
+    """Compiles kernels of a family, or finds the result of an earlier call.
 
     Args:
-        kind: a key of MATHS.
+        stem: the family's name.
+        parts: its files, by what follows the stem in their names ("_cuda_plan.cpp").
         sanitizer: a key of SANITIZERS.
         sources: a folder to use in the place of csrc.
+        defines: macros, "NAME=VALUE".
 
     Raises:
         HostError: with the compiler's output.
     """
     here = Path(__file__).resolve().parent
-    inputs = [here / "main.cpp", here / "simt.cpp"]
-    inputs += [sources / f"{FAMILY}{part}" for part in ("_plan.cpp", f"_{kind}.cu")]
-    inputs += [sources / f"{FAMILY}_backward_{kind}.cu"]
+    inputs = [here / "main.cpp", here / "simt.cpp", here / f"{stem}.cpp"]
+    inputs += [sources / "ops" / stem / f"{stem}{part}" for part in parts]
     flags = [
         "-std=c++20",
         "-g1",
@@ -60,13 +69,13 @@ def build(kind: str, sanitizer: str = "plain", sources: Path = ROOT / "csrc") ->
         "-ffp-contract=off",
         "-Wno-unknown-pragmas",
     ]
-    flags += [*SANITIZERS[sanitizer], f"-DFASTBB_SIMT_MATH={MATHS[kind]}"]
-    flags += [f"-I{here / 'include'}", f"-I{sources}"]
-    digest = hashlib.sha256(repr(flags).encode())
+    flags += [*SANITIZERS[sanitizer], *(f"-D{each}" for each in defines)]
+    flags += [f"-I{here / 'include'}", f"-I{here}", f"-I{sources}"]
+    digest = hashlib.sha256(repr((flags, parts)).encode())
     for path in sorted([*here.rglob("*.*"), *sources.rglob("*.*")]):
         if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
             digest.update(path.read_bytes())
-    target = CACHE / f"{kind}.{sanitizer}.{digest.hexdigest()[:16]}"
+    target = CACHE / f"{stem}.{sanitizer}.{digest.hexdigest()[:16]}"
     if target.is_file():
         return target
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -90,16 +99,28 @@ def build(kind: str, sanitizer: str = "plain", sources: Path = ROOT / "csrc") ->
     return target
 
 
-def run(program: Path, call: Any, many_blocks: int, seed: int = 0) -> None:
-    """Runs a `Call` or `BackwardCall` of the PTX tests and puts the results into its arena.
+def run(
+    program: Path,
+    arena: Arena,
+    params: bytes,
+    options: Sequence[int] = (),
+    seed: int = 0,
+    without: Container[int | None] = (),
+) -> None:
+    """Runs a family's code on the buffers of an arena, and puts the results into it.
+
+    Args:
+        params: the parameters, with addresses of the arena.
+        options: what the family's `<stem>.cpp` asks for.
+        seed: of the order of threads.
+        without: addresses of buffers that are left out.
 
     Raises:
         HostError: a sanitizer or the runtime found something.
     """
-    arena = call.arena
-    kept = [each for each in arena.allocations if each.address != call.workspace]
-    backward = call.workspace is not None
-    parts = [struct.pack("<3q", backward, many_blocks, seed), bytes(call.params)]
+    kept = [each for each in arena.allocations if each.address not in without]
+    numbers = [len(options), *options, seed, len(params) // 8]
+    parts = [struct.pack(f"<{len(numbers)}q", *numbers), params]
     parts.append(struct.pack("<q", len(kept)))
     for each in kept:
         # What was not written reads as NaN.

@@ -1,31 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs window attention's CUDA code of one element type, FASTBB_SIMT_MATH, on a case from a file:
+// Runs CUDA code of a family on a case from a file, all numbers int64:
 //
-//   int64 backward, many_blocks, seed; the parameters; int64 buffers; per buffer int64 address,
-//   bytes, and its contents
+//   options, and each of them; the seed; words of the parameters, and each of them; buffers, and of
+//   each its address, its bytes, and its contents
 //
 // Words of the parameters that are addresses within a buffer are replaced by addresses here. The
 // contents of all buffers afterwards go to a second file.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
+#include "case.h"
 
-#include "ops/window_attention/window_attention_cuda_backward_launch.cuh"
-#include "ops/window_attention/window_attention_cuda_launch.cuh"
-
-namespace fastbb {
 namespace {
 
-using Math = cuda::FASTBB_SIMT_MATH;
-
-void stop(const char* why) {
-  std::fprintf(stderr, "simt: %s\n", why);
-  std::exit(2);
-}
-
 void read(std::FILE* file, void* to, size_t bytes) {
-  if (bytes != 0 && std::fread(to, 1, bytes, file) != bytes) stop("the case is cut off");
+  if (bytes != 0 && std::fread(to, 1, bytes, file) != bytes) simt::stop("the case is cut off");
 }
 
 int64_t read_number(std::FILE* file) {
@@ -34,45 +20,35 @@ int64_t read_number(std::FILE* file) {
   return number;
 }
 
+std::vector<int64_t> read_numbers(std::FILE* file) {
+  std::vector<int64_t> numbers(static_cast<size_t>(read_number(file)));
+  read(file, numbers.data(), numbers.size() * sizeof numbers[0]);
+  return numbers;
+}
+
 struct Buffer {
   int64_t address, bytes;
   unsigned char* data;  // of its own, so that AddressSanitizer guards both ends
 };
 
-void replace_addresses(WindowAttentionParams& p, const std::vector<Buffer>& buffers) {
-  auto* words = reinterpret_cast<int64_t*>(&p);
-  for (size_t i = 0; i < sizeof p / sizeof *words; ++i) {
-    for (const Buffer& buffer : buffers) {
-      if (words[i] < buffer.address || words[i] > buffer.address + buffer.bytes) continue;
-      words[i] = reinterpret_cast<int64_t>(buffer.data + (words[i] - buffer.address));
-      break;
-    }
+int64_t replaced(int64_t word, const std::vector<Buffer>& buffers) {
+  for (const Buffer& buffer : buffers) {
+    if (word < buffer.address || word > buffer.address + buffer.bytes) continue;
+    return reinterpret_cast<int64_t>(buffer.data + (word - buffer.address));
   }
-}
-
-const char* run_backward(const WindowAttentionParams& p, int64_t many_blocks) {
-  const auto plan = window_attention_cuda_backward_plan(p, many_blocks);
-  const auto floats = static_cast<size_t>(plan.workspace);
-  auto* workspace = static_cast<float*>(std::malloc(floats * sizeof(float)));
-  std::memset(workspace, 0xff, floats * sizeof(float));
-  const char* problem = cuda::launch_backward<Math>(p, plan, workspace, nullptr);
-  std::free(workspace);
-  return problem;
+  return word;
 }
 
 }  // namespace
-}  // namespace fastbb
 
 int main(int argc, char** argv) {
-  using namespace fastbb;
-  if (argc != 3) stop("needs a case and a file for results");
+  if (argc != 3) simt::stop("needs a case and a file for results");
   std::FILE* file = std::fopen(argv[1], "rb");
-  if (file == nullptr) stop("no such case");
-  const bool backward = read_number(file) != 0;
-  const int64_t many_blocks = read_number(file);
+  if (file == nullptr) simt::stop("no such case");
+  simt::Case given;
+  given.options = read_numbers(file);
   simt::seed(static_cast<uint64_t>(read_number(file)));
-  WindowAttentionParams p;
-  read(file, &p, sizeof p);
+  given.words = read_numbers(file);
   std::vector<Buffer> buffers(static_cast<size_t>(read_number(file)));
   for (Buffer& buffer : buffers) {
     buffer.address = read_number(file);
@@ -81,14 +57,11 @@ int main(int argc, char** argv) {
     read(file, buffer.data, static_cast<size_t>(buffer.bytes));
   }
   std::fclose(file);
-  replace_addresses(p, buffers);
+  for (int64_t& word : given.words) word = replaced(word, buffers);
 
-  const char* problem =
-      backward ? run_backward(p, many_blocks)
-               : cuda::launch_forward<Math>(p, window_attention_cuda_plan(p, many_blocks), nullptr);
-  if (problem != nullptr) stop(problem);
+  if (const char* problem = simt::run(given)) simt::stop(problem);
   file = std::fopen(argv[2], "wb");
-  if (file == nullptr) stop("the results cannot be written");
+  if (file == nullptr) simt::stop("the results cannot be written");
   for (const Buffer& buffer : buffers) {
     std::fwrite(buffer.data, 1, static_cast<size_t>(buffer.bytes), file);
   }

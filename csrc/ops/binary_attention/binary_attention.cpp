@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "core/torch_api.h"
+#include "ops/binary_attention/binary_attention_cuda.h"
 
 namespace fastbb {
 namespace {
@@ -182,6 +183,23 @@ Results forward_cpu(const Inputs& in) {
   return results;
 }
 
+#ifdef FASTBB_WITH_CUDA
+Results forward_cuda(const Inputs& in) {
+  Call call = describe(in, Backend::kCuda);
+  const BinaryAttentionParams& p = call.params;
+  check(p.head_dim <= kBinaryAttentionCudaMaxHeadDim, kOp, "k",
+        "must have a head dim of up to 128 on CUDA devices", p.head_dim);
+  check(p.rank <= kBinaryAttentionCudaMaxRank, kOp, "est_q",
+        "must have a rank of up to 64 on CUDA devices", p.rank);
+  const Results results = allocate_results(in, call);
+  const BinaryAttentionCudaPlan plan = binary_attention_cuda_plan(p);
+  if (plan.launch.grid == 0) return results;
+  launch_on_device_of(kOp, in.k,
+                      [&](void* stream) { return binary_attention_cuda(p, plan, stream); });
+  return results;
+}
+#endif
+
 // What the dispatcher calls.
 template <auto kRun>
 Results forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& alphas,
@@ -207,3 +225,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbb, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastbb, CPU, m) {
   m.impl("binary_attention", TORCH_BOX(&fastbb::forward<fastbb::forward_cpu>));
 }
+
+#ifdef FASTBB_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastbb, CUDA, m) {
+  m.impl("binary_attention", TORCH_BOX(&fastbb::forward<fastbb::forward_cuda>));
+}
+#endif

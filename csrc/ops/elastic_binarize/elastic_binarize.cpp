@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "core/torch_api.h"
+#include "ops/elastic_binarize/elastic_binarize_cuda.h"
 
 namespace fastbb {
 namespace {
@@ -108,14 +109,90 @@ std::vector<int64_t> planes_shape(const Tensor& x, const ElasticBinarizeParams& 
   return shape;
 }
 
+// How work is launched on a kind of device. The sums of a backward pass are zero to begin with.
+struct Cpu {
+  static constexpr Backend kBackend = Backend::kCpu;
+
+  static void forward(const Call& call) {
+    const ElasticBinarizeParams& p = call.params;
+    const ElasticBinarizePlan plan = elastic_binarize_plan(p);
+    const ElasticBinarizeKernels& kernels = elastic_binarize_kernels();
+    torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
+      kernels.forward(p, plan, begin, end);
+    });
+  }
+
+  static void backward(Call& call, const Tensor& dalpha, bool need_alpha, bool need_shift) {
+    ElasticBinarizeParams& p = call.params;
+    const ElasticBinarizePlan plan = elastic_binarize_plan(p);
+    if (plan.tasks == 0 || p.k == 0) return;
+    std::vector<double> sums(need_alpha ? static_cast<size_t>(plan.tasks) : 0);
+    if (need_alpha) p.partial_alpha = sums.data();
+    if (need_shift) {
+      p.partial_shift = floats(call.hold(new_float32(call.like, {plan.tasks, p.k})));
+    }
+    const ElasticBinarizeKernels& kernels = elastic_binarize_kernels();
+    torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
+      kernels.backward(p, plan, begin, end);
+    });
+    if (need_shift) {
+      const int64_t blocks = (p.k + kElasticColumns - 1) / kElasticColumns;
+      const int64_t grain = 1 + 100 / plan.tasks;  // blocks worth another thread
+      torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+        kernels.reduce(p, plan, begin, end);
+      });
+    }
+    if (need_alpha) {
+      double sum = 0;
+      for (const double each : sums) sum += each;
+      const double elements = static_cast<double>(p.rows) * static_cast<double>(p.k);
+      *floats(dalpha) = static_cast<float>(sum / std::sqrt(elements));
+    }
+  }
+};
+
+#ifdef FASTBB_WITH_CUDA
+struct Cuda {
+  static constexpr Backend kBackend = Backend::kCuda;
+
+  static void forward(const Call& call) {
+    const ElasticBinarizeCudaPlan plan = elastic_binarize_cuda_plan(call.params);
+    if (plan.forward.grid == 0) return;
+    launch_on_device_of(kOp, call.like, [&](void* stream) {
+      return elastic_binarize_cuda(call.params, plan, stream);
+    });
+  }
+
+  static void backward(Call& call, const Tensor& dalpha, bool need_alpha, bool need_shift) {
+    ElasticBinarizeParams& p = call.params;
+    check(reinterpret_cast<uintptr_t>(p.planes) % 16 == 0, kOp, "planes",
+          "must be aligned to 16 bytes", "another address");
+    const ElasticBinarizeCudaPlan plan = elastic_binarize_cuda_plan(p);
+    if (plan.backward.grid == 0) return;
+    if (need_shift) {
+      p.partial_shift = floats(call.hold(new_float32(call.like, {plan.tasks, p.k})));
+    }
+    if (need_alpha) {
+      const Tensor sums =
+          torch::stable::new_empty(call.like, {plan.backward.grid}, ScalarType::Double);
+      p.partial_alpha = static_cast<double*>(call.hold(sums).mutable_data_ptr());
+    }
+    launch_on_device_of(kOp, call.like, [&](void* stream) {
+      return elastic_binarize_backward_cuda(p, plan, need_alpha ? floats(dalpha) : nullptr, stream);
+    });
+  }
+};
+#endif
+
 // Of x: values and planes, either or both.
 struct Forward {
   Tensor out, planes;
 };
 
+template <class Device>
 Forward run_forward(const Tensor& x, const OptionalTensor& alpha, const OptionalTensor& shift,
                     const std::string& kind, const std::string& ste, bool values, bool save) {
-  Call call = describe("x", x, alpha, shift, kind, ste, Backend::kCpu);
+  Call call = describe("x", x, alpha, shift, kind, ste, Device::kBackend);
   ElasticBinarizeParams& p = call.params;
   p.x = rows_of(call, x, p.x_row);
   const std::vector<int64_t> nothing{0};
@@ -124,24 +201,22 @@ Forward run_forward(const Tensor& x, const OptionalTensor& alpha, const Optional
       torch::stable::new_empty(x, save ? planes_shape(x, p) : nothing, ScalarType::Byte);
   p.out = values ? out.mutable_data_ptr() : nullptr;
   p.planes = save ? static_cast<uint8_t*>(planes.mutable_data_ptr()) : nullptr;
-
-  const ElasticBinarizePlan plan = elastic_binarize_plan(p);
-  const ElasticBinarizeKernels& kernels = elastic_binarize_kernels();
-  torch::stable::parallel_for(
-      0, plan.tasks, 1, [&](int64_t begin, int64_t end) { kernels.forward(p, plan, begin, end); });
+  Device::forward(call);
   return {out, planes};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& alpha,
                                    const OptionalTensor& shift, const std::string& kind,
                                    const std::string& ste, bool save) {
-  const auto [out, planes] = run_forward(x, alpha, shift, kind, ste, true, save);
+  const auto [out, planes] = run_forward<Device>(x, alpha, shift, kind, ste, true, save);
   return {out, planes};
 }
 
+template <class Device>
 Tensor forward_planes(const Tensor& x, const OptionalTensor& alpha, const OptionalTensor& shift,
                       const std::string& kind, const std::string& ste) {
-  return run_forward(x, alpha, shift, kind, ste, false, true).planes;
+  return run_forward<Device>(x, alpha, shift, kind, ste, false, true).planes;
 }
 
 // What the backward pass knows of x: x itself or planes.
@@ -166,12 +241,15 @@ void saved(Call& call, const Tensor& grad, const OptionalTensor& x, const Tensor
   p.planes = static_cast<uint8_t*>(call.hold(planes).mutable_data_ptr());
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const OptionalTensor& x,
-                                            const Tensor& planes, const OptionalTensor& alpha,
-                                            const OptionalTensor& shift, const std::string& kind,
-                                            const std::string& ste, bool need_alpha,
-                                            bool need_shift) {
-  Call call = describe("grad", grad, alpha, shift, kind, ste, Backend::kCpu);
+// dx, dalpha and dshift; the sums are empty when they are not needed.
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+template <class Device>
+Gradients backward(const Tensor& grad, const OptionalTensor& x, const Tensor& planes,
+                   const OptionalTensor& alpha, const OptionalTensor& shift,
+                   const std::string& kind, const std::string& ste, bool need_alpha,
+                   bool need_shift) {
+  Call call = describe("grad", grad, alpha, shift, kind, ste, Device::kBackend);
   ElasticBinarizeParams& p = call.params;
   saved(call, grad, x, planes);
   p.grad = rows_of(call, grad, p.grad_row);
@@ -179,31 +257,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const OptionalTe
   const Tensor dalpha = new_float32_zeros(grad, {need_alpha ? 1 : 0});
   const Tensor dshift = new_float32_zeros(grad, {need_shift ? p.k : 0});
   p.dx = dx.mutable_data_ptr();
-
-  const ElasticBinarizePlan plan = elastic_binarize_plan(p);
-  if (plan.tasks == 0 || p.k == 0) return {dx, dalpha, dshift};
-  std::vector<double> sums(need_alpha ? static_cast<size_t>(plan.tasks) : 0);
-  if (need_alpha) p.partial_alpha = sums.data();
-  if (need_shift) {
-    p.partial_shift = floats(call.hold(new_float32(grad, {plan.tasks, p.k})));
-    p.dshift = floats(dshift);
-  }
-
-  const ElasticBinarizeKernels& kernels = elastic_binarize_kernels();
-  torch::stable::parallel_for(
-      0, plan.tasks, 1, [&](int64_t begin, int64_t end) { kernels.backward(p, plan, begin, end); });
-  if (need_shift) {
-    const int64_t blocks = (p.k + kElasticColumns - 1) / kElasticColumns;
-    const int64_t grain = 1 + 100 / plan.tasks;  // blocks worth another thread
-    torch::stable::parallel_for(
-        0, blocks, grain, [&](int64_t begin, int64_t end) { kernels.reduce(p, plan, begin, end); });
-  }
-  if (need_alpha) {
-    double sum = 0;
-    for (const double each : sums) sum += each;
-    const double elements = static_cast<double>(p.rows) * static_cast<double>(p.k);
-    *floats(dalpha) = static_cast<float>(sum / std::sqrt(elements));
-  }
+  if (need_shift) p.dshift = floats(dshift);
+  Device::backward(call, dalpha, need_alpha, need_shift);
   return {dx, dalpha, dshift};
 }
 
@@ -218,12 +273,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbb, m) {
       "elastic_binarize_backward(Tensor grad, Tensor? x, Tensor planes, Tensor? alpha, "
       "Tensor? shift, str kind, str ste, bool need_alpha, bool need_shift) "
       "-> (Tensor dx, Tensor dalpha, Tensor dshift)");
-  m.def(
-      "elastic_planes(Tensor x, Tensor? alpha, Tensor? shift, str kind, str ste) -> Tensor");
+  m.def("elastic_planes(Tensor x, Tensor? alpha, Tensor? shift, str kind, str ste) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbb, CPU, m) {
-  m.impl("elastic_binarize", TORCH_BOX(&fastbb::forward));
-  m.impl("elastic_planes", TORCH_BOX(&fastbb::forward_planes));
-  m.impl("elastic_binarize_backward", TORCH_BOX(&fastbb::backward));
+  m.impl("elastic_binarize", TORCH_BOX(&fastbb::forward<fastbb::Cpu>));
+  m.impl("elastic_planes", TORCH_BOX(&fastbb::forward_planes<fastbb::Cpu>));
+  m.impl("elastic_binarize_backward", TORCH_BOX(&fastbb::backward<fastbb::Cpu>));
 }
+
+#ifdef FASTBB_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastbb, CUDA, m) {
+  m.impl("elastic_binarize", TORCH_BOX(&fastbb::forward<fastbb::Cuda>));
+  m.impl("elastic_planes", TORCH_BOX(&fastbb::forward_planes<fastbb::Cuda>));
+  m.impl("elastic_binarize_backward", TORCH_BOX(&fastbb::backward<fastbb::Cuda>));
+}
+#endif

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbb.nn.binary_calibrate import set_alpha
-from fastbb.ops import elastic_binarize
 from fastbb.ops._checks import fail
-from fastbb.ops.elastic_binarize import KINDS, STES, Kind, Ste
+from fastbb.ops.elastic_binarize import KINDS, STES, Kind, Ste, elastic_binarize
 
 
 class ElasticBinarize(nn.Module):

@@ -15,7 +15,7 @@ namespace fastbb {
 namespace ptx {
 
 // Tells instructions of a warp apart, where lanes meet.
-enum Kind { kLdmatrix = 16, kLdmatrixTrans, kMmaF16, kMmaBf16, kMmaTf32 };
+enum Kind { kLdmatrix = 16, kLdmatrixTrans, kMmaF16, kMmaBf16, kMmaTf32, kMmaB1, kMmaS8 };
 
 inline void* shared_address(const void* pointer) { return const_cast<void*>(pointer); }
 
@@ -97,20 +97,35 @@ struct MmaTf32 {
   }
 };
 
+// Integers are a register's elements and exact, whatever the order of the sum.
+struct MmaB1 {
+  static constexpr Kind kKind = kMmaB1;
+  static constexpr int kHalves = 32;
+  FASTBB_SIMT_UNCHECKED static int32_t element(uint32_t bits, int at) { return bits >> at & 1; }
+};
+struct MmaS8 {
+  static constexpr Kind kKind = kMmaS8;
+  static constexpr int kHalves = 4;
+  FASTBB_SIMT_UNCHECKED static int32_t element(uint32_t bits, int at) {
+    return static_cast<int8_t>(bits >> 8 * at);
+  }
+};
+
+template <class Sum>
 struct Fragments {
   const uint32_t* a;
   uint32_t b[2];
-  float* c;
+  Sum* c;
 };
 
 // C += A B. A register holds kHalves elements that follow each other along the summed dimension;
 // the first half of the registers is of rows and columns before the middle of the tile.
-template <class T>
+template <class T, class Sum>
 FASTBB_SIMT_UNCHECKED void multiply(void* const* lanes) {
   constexpr int kDepth = 8 * T::kHalves;
-  float a[16][kDepth], b[kDepth][8];
+  Sum a[16][kDepth], b[kDepth][8];
   for (int lane = 0; lane < simt::kLanes; ++lane) {
-    const auto* from = static_cast<const Fragments*>(lanes[lane]);
+    const auto* from = static_cast<const Fragments<Sum>*>(lanes[lane]);
     for (int half = 0; half < T::kHalves; ++half) {
       const int k = lane % 4 * T::kHalves + half;
       for (int r = 0; r < 4; ++r) {
@@ -121,9 +136,9 @@ FASTBB_SIMT_UNCHECKED void multiply(void* const* lanes) {
     }
   }
   for (int lane = 0; lane < simt::kLanes; ++lane) {
-    float* c = static_cast<const Fragments*>(lanes[lane])->c;
+    Sum* c = static_cast<const Fragments<Sum>*>(lanes[lane])->c;
     for (int e = 0; e < 4; ++e) {
-      float sum = 0.0f;
+      Sum sum = 0;
       for (int k = 0; k < kDepth; ++k) {
         sum += a[lane / 4 + e / 2 * 8][k] * b[k][lane % 4 * 2 + e % 2];
       }
@@ -132,10 +147,10 @@ FASTBB_SIMT_UNCHECKED void multiply(void* const* lanes) {
   }
 }
 
-template <class T>
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  Fragments fragments{a, {b0, b1}, c};
-  simt::meet(T::kKind, &fragments, multiply<T>);
+template <class T, class Sum>
+void mma(Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Fragments<Sum> fragments{a, {b0, b1}, c};
+  simt::meet(T::kKind, &fragments, multiply<T, Sum>);
 }
 inline void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   mma<MmaF16>(c, a, b0, b1);
@@ -145,6 +160,12 @@ inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
 }
 inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   mma<MmaTf32>(c, a, b0, b1);
+}
+inline void mma_m16n8k256_b1(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma<MmaB1>(c, a, b0, b1);
+}
+inline void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma<MmaS8>(c, a, b0, b1);
 }
 
 inline uint32_t round_tf32(uint32_t bits) {

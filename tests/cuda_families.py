@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels whose machine code tests look at: what is compiled, and how it is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import window_attention_ptx
+
+
+class Group(NamedTuple):
+    """Kernels that are compiled and looked at together.
+
+    Attributes:
+        sources: their files.
+        launch_of: by a kernel's name, as in cuda_budgets.json, a launch of the C++ plan: its block
+            and shared_bytes decide how many blocks a multiprocessor holds.
+        branches: compute capabilities from which on the sources have other code.
+    """
+
+    sources: tuple[Path, ...]
+    launch_of: Callable[[str], dict[str, int]]
+    branches: tuple[int, ...] = ()
+
+    def ptx_arch(self, arch: str) -> str:
+        """The lowest architecture whose PTX is that of `arch`."""
+        return str(max(each for each in (80, *self.branches) if each <= int(arch)))
+
+
+def _window_attention(kind: str) -> Group:
+    of_kind = window_attention_ptx.SOURCES[kind], window_attention_ptx.BACKWARD_SOURCES[kind]
+    return Group(of_kind, window_attention_ptx.launch_of)
+
+
+GROUPS = {
+    # bf16 and tf32 differ from these by a conversion.
+    "window_attention f16": _window_attention("f16"),
+    "window_attention f32": _window_attention("f32"),
+}
