@@ -117,7 +117,7 @@ def test_quantizers_of_the_papers(isa: str, paper: str, impl: str) -> None:
     grads = torch.autograd.grad(out, inputs, grad)
 
     moved = x.detach().double().numpy() + (shift.detach().double().numpy() if learned else 0)
-    size = float(alpha) if learned else 1.0
+    size = alpha.item() if learned else 1.0
     value, dx, dalpha = quantizer(moved, size, grad.double().numpy())
     for threshold in (-size, -size / 2, 0.0, size / 2, size):
         assert (moved == threshold).any()
