@@ -145,7 +145,8 @@ def test_operator_function_is_specified(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "package", [fastbb, fastbb.ops, fastbb.reference, fastbb.nn, fastbb.models]
+    "package",
+    [fastbb, fastbb.ops, fastbb.reference, fastbb.nn, fastbb.models, fastbb.binarize],
 )
 def test_public_names_have_docstrings(package) -> None:
     assert (package.__doc__ or "").strip()
@@ -219,7 +220,8 @@ def test_import_needs_torch_and_numpy_only() -> None:
     import subprocess
 
     code = (
-        "import sys, fastbb; extras = {'timm', 'torchvision', 'skimage', 'matplotlib'};"
+        "import sys, fastbb;"
+        "extras = {'timm', 'torchvision', 'transformers', 'skimage', 'matplotlib'};"
         "print(sorted(extras & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
