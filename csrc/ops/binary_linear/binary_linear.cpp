@@ -88,7 +88,7 @@ int64_t product(const std::vector<int64_t>& sizes) {
 
 void launch(const Call& call) {
   const BinaryLinearParams& p = call.params;
-  const BinaryLinearPlan plan = binary_linear_plan(p);
+  const BinaryLinearPlan plan = binary_linear_plan(p, torch::stable::get_num_threads());
   if (plan.tasks == 0) return;
   const BinaryLinearKernels& kernels = binary_linear_kernels();
   torch::stable::parallel_for(
