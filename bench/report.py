@@ -23,9 +23,9 @@ INTRODUCTION = """\
 
 Made by `python bench/report.py` from the JSON files of this folder, which
 `python bench/bench_window_attention.py`, `bench_models.py`, `bench_binary_linear.py` and
-`bench_binary_models.py` write. All candidates of one table row (layers) or one table (models) ran in
-turns in one process; times are medians, and ratios are medians of the ratios of equal rounds. Ratios
-carry over to similar machines, absolute times do not.
+`bench_binary_models.py` write. All candidates of one table row (layers) or one table (models) ran
+in turns in one process; times are medians, and ratios are medians of the ratios of equal rounds.
+Ratios carry over to similar machines, absolute times do not.
 """
 
 LAYERS = """\
