@@ -183,12 +183,14 @@ MAY_IMPORT = {
     "config": {"_C"},
     "reference": {"reference"},
     "ops": {"_C", "config", "reference", "ops"},
-    "testing": {"config", "testing"},
+    "testing": {"config", "reference", "testing"},
     "nn": {"config", "ops", "nn"},
     "models": {"nn", "models"},
     "accelerate": {"config", "ops", "nn", "accelerate"},
     "binarize": {"accelerate", "nn", "binarize"},
-    "selftest": {"_console", "config", "cuda_facts", "measure", "ops", "selftest", "testing"},
+    "selftest": {
+        *("_console", "config", "cuda_facts", "measure", "ops", "reference", "selftest", "testing"),
+    },
 }
 
 
