@@ -30,7 +30,7 @@ DEPS := $(STAMPS)/demo.txt
 # One environment may serve several checkouts in turn; the stamp names the one it holds.
 BUILT := $(STAMPS)/built$(subst /,-,$(CURDIR))-$(FASTBB_CUDA)-$(subst ;,-,$(FASTBB_CUDA_ARCHS))
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-SIMT_FILES := $(shell find tools/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
+SIMT_FILES := $(shell find tools/simt tools/aarch64 -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 CMAKE_FILES := CMakeLists.txt $(wildcard cmake/*.cmake)
 
 # $(call logged,log,filter,command): runs the command, shows the lines of its output that the sed
