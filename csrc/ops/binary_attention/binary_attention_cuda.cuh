@@ -22,8 +22,8 @@
 // of two neighbouring tiles are four consecutive keys: one random block of dropout, one float4 of
 // mask and estimator, and 4 bits of the word that is the lane's own operand for P V.
 //
-// Registers, 128 at d <= 64, leave 16 warps to a multiprocessor. Bound, by arithmetic and not yet by
-// measurement: at 128 tokens and d = 64 memory and instructions alike. A head moves 64 KB in
+// Registers, 128 at d <= 64, leave 16 warps to a multiprocessor. Bound, by arithmetic and not yet
+// by measurement: at 128 tokens and d = 64 memory and instructions alike. A head moves 64 KB in
 // float16, 6600 cycles of an SM of an A100; its 16384 scores take some 12 instructions in pass 1
 // (1.25 of them exponentials, of 16 lanes per cycle) and 8 in pass 2, and its 24576 elements 10
 // each to pack: 4500 cycles at 4 warps per cycle. Longer sequences are bound by the scores.
