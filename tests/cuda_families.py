@@ -20,7 +20,7 @@ class Group(NamedTuple):
         launch_of: by a kernel's name, as in cuda_budgets.json, a launch of the C++ plan: its block
             and shared_bytes decide how many blocks a multiprocessor holds.
         branches: compute capabilities from which on the sources have other code.
-        emulated_bits: from which one on ptxas makes eight products of int8 of each of bits.
+        emulated_bits: the one from which on ptxas emulates products of bits by those of int8.
     """
 
     sources: tuple[Path, ...]

@@ -15,8 +15,8 @@
 // whose second part is the same for a row and is in the accumulator before. P V likewise. POPC, of
 // 16 lanes per cycle, would take a multiprocessor 8 cycles for 32 scores at d = 64, zeros included,
 // and 8 for their part of P V; the mma take 0.5 and 0.25 on sm_90 (0.54 per cycle were measured
-// there by others). From sm_100 on ptxas emulates an mma by 8 products of int8 and 43 to 74 further
-// instructions: some 5 cycles and 2.5, still less than POPC.
+// there by others). From sm_100 on ptxas calls a routine for an mma, with 8 products of int8 and 43
+// to 74 further instructions: some 5 cycles and 2.5, still less than POPC.
 //
 // An accumulator holds columns 2 t and 2 t + 1 of a lane. Keys are dealt to columns so that those
 // of two neighbouring tiles are four consecutive keys: one random block of dropout, one float4 of
