@@ -59,6 +59,21 @@ def test_all_keys_masked(isa: str, probs: str) -> None:
     assert (out[0, 4] == 0).all() and (out[0, 5] != 0).any()
 
 
+def test_gradients_of_rows_without_keys() -> None:
+    """NaN where the reference has it: softmax of -inf alone is NaN."""
+    kwargs = build("pair_mask", requires_grad=True).kwargs
+    kwargs["mask"][0, 4] = -math.inf
+    leaves = [kwargs[key] for key in "qkv"]
+    grad_out = torch.randn(kwargs["q"].shape)
+    found, exact = (
+        torch.autograd.grad(binary_attention(**kwargs, impl=impl), leaves, grad_out)
+        for impl in ("fused", "reference")
+    )
+    for a, b in zip(found, exact, strict=True):
+        assert torch.equal(torch.isnan(a), torch.isnan(b))
+    assert torch.isnan(found[0]).any() and not torch.isnan(found[0]).all()
+
+
 @pytest.mark.parametrize("nk", [1, 2, 4, 64, 128, 1024])
 def test_exact_ties_have_no_bit(isa: str, nk: int) -> None:
     """Equal probabilities 1 / nk at the threshold a_p / 2 = 1 / nk, exactly; then just below."""

@@ -77,12 +77,27 @@ def test_planes(isa: str, name: str, dtype: torch.dtype) -> None:
     assert torch.equal(without, out) and none.shape == (0,)
 
 
-@pytest.mark.parametrize("name", ["ternary_clip", "unsigned", "plus_bireal", "below_the_floor"])
+@pytest.mark.parametrize("name", ["ternary_clip", "unsigned", "plus_bireal"])
 def test_reference_in_the_same_precision(isa: str, name: str) -> None:
     kwargs = build(name, requires_grad=True).kwargs
     (out, grads), (same_out, same) = run(kwargs, "fused"), run(kwargs, "reference")
     assert torch.equal(out, same_out)
     assert_grads_close(grads, same, TOLERANCE[torch.float32].grad.times(2))
+
+
+@DTYPES
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_alpha_below_the_floor_is_the_floor(kind: str, impl: str, dtype: torch.dtype) -> None:
+    x = (torch.randint(-9, 10, (5, 70)) / 4).to(dtype)
+    results = []
+    for size in (1e-5, 1e-7, 0.0, -0.5):
+        alpha = torch.tensor([size], requires_grad=True)
+        out = elastic_binarize(x, alpha, kind=kind, impl=impl)
+        results.append((out, *torch.autograd.grad(out, alpha, random_like(out, 1))))
+    for out, dalpha in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(dalpha, results[0][1]) and dalpha != 0
 
 
 @pytest.mark.parametrize("impl", ["fused", "reference"])
@@ -102,7 +117,7 @@ def test_quantizers_of_the_papers(isa: str, paper: str, impl: str) -> None:
     grads = torch.autograd.grad(out, inputs, grad)
 
     moved = x.detach().double().numpy() + (shift.detach().double().numpy() if learned else 0)
-    size = float(alpha) if learned else 1.0
+    size = alpha.item() if learned else 1.0
     value, dx, dalpha = quantizer(moved, size, grad.double().numpy())
     for threshold in (-size, -size / 2, 0.0, size / 2, size):
         assert (moved == threshold).any()

@@ -305,7 +305,8 @@ void launch_unpack(const BinaryUnpackParams& p) {
   });
   const int64_t bad = first_bad.load();
   if (bad == kNone) return;
-  fail(kEmbedding, "ids", "must be 0 to " + std::to_string(p.bit_rows - 1), p.index[bad]);
+  const std::string rule = "must be at least 0 and less than V = " + std::to_string(p.bit_rows);
+  fail(kEmbedding, "ids", rule, p.index[bad]);
 }
 
 Tensor unpack_bits(const Tensor& bits, int64_t k, const std::string& kind, ScalarType dtype) {

@@ -201,45 +201,41 @@ void pack(const BinaryPackParams& p, const BinaryPackPlan& plan, int64_t begin, 
 
 constexpr int kParts = 16;
 constexpr int kHalfLanes = kLanes / 2;
+constexpr int kPartVecs = kParts / kHalfLanes;
 using HalfF = float __attribute__((vector_size(kHalfLanes * 4)));
 using VecD = double __attribute__((vector_size(kHalfLanes * 8)));
-constexpr int kPartVecs = kParts / kLanes;
+using VecL = int64_t __attribute__((vector_size(kHalfLanes * 8)));
 
-struct Parts {
-  VecD sums[2 * kPartVecs] = {};
-
-  FASTBB_INLINE void add(int vec, VecF v) {
-    HalfF halves[2];
-    std::memcpy(halves, &v, sizeof(v));
-    sums[2 * vec] += __builtin_convertvector(halves[0], VecD);
-    sums[2 * vec + 1] += __builtin_convertvector(halves[1], VecD);
-  }
-  double total() const {
-    double parts[kParts];
-    std::memcpy(parts, sums, sizeof(parts));
-    double sum = 0.0;
-    for (const double part : parts) sum += part;
-    return sum;
-  }
-};
+double total(const VecD (&sums)[kPartVecs]) {
+  double parts[kParts];
+  std::memcpy(parts, sums, sizeof(parts));
+  double sum = 0.0;
+  for (const double part : parts) sum += part;
+  return sum;
+}
 
 template <class T>
 void stats_row(const T* x, int64_t k, double* sums) {
-  Parts signed_parts, sizes;
-  const auto add = [&](int vec, VecF v) __attribute__((always_inline)) {
-    signed_parts.add(vec, v);
-    sizes.add(vec, absolute(v));
+  VecD values[kPartVecs] = {}, sizes[kPartVecs] = {};
+  const auto add = [&](int part, VecF v) __attribute__((always_inline)) {
+    HalfF halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    for (int i = 0; i < 2; ++i) {
+      const VecD wide = __builtin_convertvector(halves[i], VecD);
+      values[part + i] += wide;
+      sizes[part + i] += bit_cast<VecD>(bit_cast<VecL>(wide) & INT64_MAX);
+    }
   };
   int64_t at = 0;
   for (; at + kParts <= k; at += kParts) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kPartVecs; ++i) add(i, load(x + at + i * kLanes));
+#pragma GCC unroll 8
+    for (int part = 0; part < kPartVecs; part += 2) add(part, load(x + at + part * kHalfLanes));
   }
-  for (int i = 0; at < k; ++i, at += kLanes) {
-    add(i, load_partial(x + at, static_cast<int>(k - at < kLanes ? k - at : kLanes)));
+  for (int part = 0; at < k; part += 2, at += kLanes) {
+    add(part, load_partial(x + at, static_cast<int>(k - at < kLanes ? k - at : kLanes)));
   }
-  sums[0] = signed_parts.total();
-  sums[1] = sizes.total();
+  sums[0] = total(values);
+  sums[1] = total(sizes);
 }
 
 void stats(const BinaryStatsParams& p, const BinaryPackPlan& plan, int64_t begin, int64_t end) {

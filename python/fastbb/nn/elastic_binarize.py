@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbb.ops import elastic_binarize
+from fastbb.nn.binary_calibrate import set_alpha
 from fastbb.ops._checks import fail
-from fastbb.ops.elastic_binarize import KINDS, STES, Kind, Ste
+from fastbb.ops.elastic_binarize import KINDS, STES, Kind, Ste, elastic_binarize
 
 
 class ElasticBinarize(nn.Module):
@@ -25,9 +25,12 @@ class ElasticBinarize(nn.Module):
         factory: `device` and `dtype` of the parameters.
 
     Attributes:
-        alpha: parameter `[1]`, at first 1: `calibrate_` sets it from data.
+        alpha: parameter `[1]`, at first 1: `calibrate_`, or `fastbb.nn.calibrate` of a whole
+            model, sets it from data.
         shift: parameter `[features]`, at first 0, or None.
     """
+
+    calibrating = False
 
     def __init__(
         self,
@@ -56,12 +59,13 @@ class ElasticBinarize(nn.Module):
         """Sets alpha from a batch as BiT and BiPFT do before their first step: to twice the mean of
         abs(x + shift) for signs, to four times it for unsigned values. Returns the module.
         """
-        shifted = x.float() if self.shift is None else x.float() + self.shift.float()
-        factor = 4.0 if self.kind == "unsigned" else 2.0
-        self.alpha.copy_(factor * shifted.abs().mean())
+        set_alpha(self.alpha, x, self.shift, self.kind)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.calibrating:
+            self.calibrate_(x)
+            self.calibrating = False
         return elastic_binarize(x, self.alpha, self.shift, kind=self.kind, ste=self.ste)
 
     def extra_repr(self) -> str:

@@ -345,7 +345,8 @@ def _signs(planes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 def _mean_root(x: Tensor) -> Tensor:
     """Sum over the root of the number of elements."""
-    return torch.div(x.sum(), torch.sym_max(x.numel(), 1) ** 0.5)
+    root: Any = torch.sym_max(x.numel(), 1) ** 0.5
+    return x.sum() / root
 
 
 torch.library.register_autograd("fastbb::binary_attention", _backward, setup_context=_setup_context)

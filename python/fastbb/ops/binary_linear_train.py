@@ -151,8 +151,8 @@ class _Train(torch.autograd.Function):
             signs = torch.ops.fastbb.unpack_bits.default(weight_bits, ctx.k, "signed", rows.dtype)
             through = (rows * weight_scale.to(rows.dtype)) @ signs
             dx, dalpha, dshift = torch.ops.fastbb.elastic_binarize_backward.default(
-                *(through.reshape(*grad.shape[:-1], ctx.k), x, planes, alpha, shift, settings.kind, settings.ste),
-                *(need_alpha, need_shift),
+                *(through.reshape(*grad.shape[:-1], ctx.k), x, planes, alpha, shift),
+                *(settings.kind, settings.ste, need_alpha, need_shift),
             )
         if need_weight:
             bits = planes if ctx.keep_x else _value_bits(planes, settings.kind)
@@ -171,8 +171,8 @@ class _Train(torch.autograd.Function):
             dx if need_x else None,
             dweight,
             dbias,
-            dalpha.to(alpha_dtype) if need_alpha else None,
-            dshift.to(shift_dtype) if need_shift else None,
+            dalpha.to(alpha_dtype) if dalpha is not None and need_alpha else None,
+            dshift.to(shift_dtype) if dshift is not None and need_shift else None,
             None,
         )
 
@@ -182,9 +182,7 @@ def _value_bits(planes: Tensor, kind: str) -> Tensor:
     return planes[..., :2, :] if kind == "ternary" else planes[..., 0, :]
 
 
-def _check(
-    x: Any, weight: Any, bias: Any, alpha: Any, shift: Any, settings: _Settings
-) -> None:
+def _check(x: Any, weight: Any, bias: Any, alpha: Any, shift: Any, settings: _Settings) -> None:
     check_tensor(OP, "x", x, _DTYPES)
     check_tensor(OP, "weight", weight, _DTYPES)
     for name, value, choices in zip(

@@ -144,6 +144,26 @@ def _exact_linear(sample: Sample) -> Outputs:
     return {"out": reference.binary_linear(**kwargs).double()}
 
 
+def _exact_pack(sample: Sample) -> Outputs:
+    x, shift, alpha, kind = sample.args
+    if alpha is None:
+        return {"out": reference.pack_sign(x, shift, kind)}
+    return {"out": reference.pack_unsigned(x, alpha, shift)}
+
+
+def _exact_weight(sample: Sample) -> Outputs:
+    return dict(zip(("bits", "scale"), reference.pack_weight(*sample.args), strict=True))
+
+
+def _exact_unpack(sample: Sample) -> Outputs:
+    return {"out": reference.unpack_bits(*sample.args)}
+
+
+def _exact_embedding(sample: Sample) -> Outputs:
+    ids, bits, scale, *rest = sample.args
+    return {"out": reference.binary_embedding(ids, bits, scale.float(), *rest)}
+
+
 def _exact_binary_attention(sample: Sample) -> Outputs:
     """The result by the reference in float64; planes of q, k and v from the CPU kernel. Those of
     the probabilities may differ at ties, which the result would show.
@@ -209,6 +229,12 @@ CHECKS: dict[str, Check] = {
         _exact_binary_attention,
         names=("out", "lse", "q_planes", "k_planes", "v_planes", "p_planes"),
     ),
+    "binary_embedding": Check(
+        "binary_embedding",
+        ("binary_embedding",),
+        SAMPLES["fastbb::binary_embedding"],
+        _exact_embedding,
+    ),
     "binary_linear": Check(
         "binary_linear", ("binary_linear",), SAMPLES["fastbb::binary_linear"], _exact_linear
     ),
@@ -233,6 +259,17 @@ CHECKS: dict[str, Check] = {
         _exact_planes,
     ),
     "null": Check("null", ("null",), SAMPLES["fastbb::null"], _exact_null),
+    "pack_bits": Check("pack_bits", ("pack_bits",), SAMPLES["fastbb::pack_bits"], _exact_pack),
+    "pack_weight": Check(
+        "pack_weight",
+        ("pack_weight",),
+        SAMPLES["fastbb::pack_weight"],
+        _exact_weight,
+        names=("bits", "scale"),
+    ),
+    "unpack_bits": Check(
+        "unpack_bits", ("unpack_bits",), SAMPLES["fastbb::unpack_bits"], _exact_unpack
+    ),
     "window_attention": Check(
         "window_attention",
         ("window_attention",),

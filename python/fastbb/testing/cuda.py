@@ -13,6 +13,7 @@ import torch
 from fastbb.testing import (
     binary_attention,
     binary_linear,
+    binary_pack,
     elastic_binarize,
     null,
     window_attention,
@@ -49,11 +50,15 @@ def _as_on_the_cpu(tolerances: dict[torch.dtype, Tolerance]) -> dict[str, Tolera
 CUDA_TOLERANCES: dict[str, dict[str, Tolerance]] = {
     "fastbb::bgemm": _as_on_the_cpu(binary_linear.GEMM_TOLERANCES),
     "fastbb::binary_attention": _as_on_the_cpu(binary_attention.TOLERANCES),
+    "fastbb::binary_embedding": _as_on_the_cpu(binary_pack.TOLERANCES),
     "fastbb::binary_linear": _as_on_the_cpu(binary_linear.TOLERANCES),
     "fastbb::elastic_binarize": _as_on_the_cpu(elastic_binarize.TOLERANCES),
     "fastbb::elastic_binarize_backward": _as_on_the_cpu(elastic_binarize.TOLERANCES),
     "fastbb::elastic_planes": _as_on_the_cpu(elastic_binarize.TOLERANCES),
     "fastbb::null": _as_on_the_cpu(null.TOLERANCES),
+    "fastbb::pack_bits": _as_on_the_cpu(binary_pack.TOLERANCES),
+    "fastbb::pack_weight": _as_on_the_cpu(binary_pack.WEIGHT_TOLERANCES),
+    "fastbb::unpack_bits": _as_on_the_cpu(binary_pack.TOLERANCES),
     "fastbb::window_attention": _WINDOW_ATTENTION,
     "fastbb::window_attention_backward": _WINDOW_ATTENTION,
 }

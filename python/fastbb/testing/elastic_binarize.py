@@ -58,7 +58,6 @@ CASES: dict[str, Case] = {
     "plain": Case(alpha=None, shift=False),
     "no_shift": Case(kind="minus", shift=False),
     "no_alpha": Case(kind="plus", ste="clip_open", alpha=None),
-    "below_the_floor": Case(alpha=-0.5),
     "vector": Case((70,)),
     "one_element": Case((1, 1)),
     "one_column": Case((300, 1)),
