@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import binary_attention_ptx
+import elastic_binarize_ptx
 import window_attention_ptx
 
 
@@ -18,11 +20,13 @@ class Group(NamedTuple):
         launch_of: by a kernel's name, as in cuda_budgets.json, a launch of the C++ plan: its block
             and shared_bytes decide how many blocks a multiprocessor holds.
         branches: compute capabilities from which on the sources have other code.
+        emulated_bits: the one from which on ptxas emulates products of bits by those of int8.
     """
 
     sources: tuple[Path, ...]
     launch_of: Callable[[str], dict[str, int]]
     branches: tuple[int, ...] = ()
+    emulated_bits: int = 1000
 
     def ptx_arch(self, arch: str) -> str:
         """The lowest architecture whose PTX is that of `arch`."""
@@ -35,6 +39,11 @@ def _window_attention(kind: str) -> Group:
 
 
 GROUPS = {
+    # f32 and bf16 differ from f16 by a conversion.
+    "binary_attention": Group(
+        (binary_attention_ptx.SOURCES["f16"],), binary_attention_ptx.launch_of, emulated_bits=100
+    ),
+    "elastic_binarize": Group((elastic_binarize_ptx.SOURCE,), elastic_binarize_ptx.launch_of),
     # bf16 and tf32 differ from these by a conversion.
     "window_attention f16": _window_attention("f16"),
     "window_attention f32": _window_attention("f32"),

@@ -121,14 +121,14 @@ def test_shared_memory_is_read_without_conflicts() -> None:
     assert result.stats.bank_conflicts("ld.shared") == 1
 
 
-# Deleted; made a constant; made copies of an operand; their operands swapped.
+# Deleted; made a constant; made a copy of its operand; the second half of B in place of the first.
 BARRIER = re.compile(r"^\s*bar\.(warp\.)?sync.*$", re.MULTILINE)
 BALLOT = re.compile(r"vote\.sync\.ballot\.b32\s+(\S+),[^;]*;")
 SHUFFLE = re.compile(r"shfl\.sync\.bfly\.b32\s+(\S+)\|\S+, (\S+),[^;]*;")
 MMA = re.compile(r"(mma\.sync\S+ \{[^}]*\}, \{[^}]*\}, )\{([^,]*), ([^}]*)\}")
 MUTATED = [
-    Case(20, 140, 64, rank=1, v_p=True, dropout_p=0.25, mask="keys"),
-    Case(20, 270, 64, rank=60, probs="bool"),
+    Case(17, 40, 64, rank=1, v_p=True, dropout_p=0.25, mask="keys"),
+    Case(17, 130, 64, rank=24, dropout_p=0.25),
 ]
 
 
@@ -150,10 +150,10 @@ def test_mutations_are_noticed() -> None:
     assert survives(header + kernel)
     found = {each: list(each.finditer(kernel)) for each in (BARRIER, BALLOT, SHUFFLE, MMA)}
     changes = [(match, "") for match in found[BARRIER]]
-    changes += [(match, f"mov.b32 {match[1]}, 1;") for match in found[BALLOT][::9]]
-    changes += [(match, f"mov.b32 {match[1]}, {match[2]};") for match in found[SHUFFLE][::5]]
-    changes += [(match, match.expand(r"\1{\3, \2}")) for match in found[MMA][::5]]
-    assert len(found[BARRIER]) == 5 and len(changes) > 30
+    changes += [(match, f"mov.b32 {match[1]}, 1;") for match in found[BALLOT][::40]]
+    changes += [(match, f"mov.b32 {match[1]}, {match[2]};") for match in found[SHUFFLE][::9]]
+    changes += [(match, match.expand(r"\1{\3, \3}")) for match in found[MMA][::5]]
+    assert len(found[BARRIER]) == 5 and len(changes) > 20
     for match, instead in changes:
         changed = kernel[: match.start()] + instead + kernel[match.end() :]
         line = kernel.count("\n", 0, match.start())
@@ -166,7 +166,7 @@ def test_plan_covers_all_queries_once() -> None:
         params = Params(batch=3, heads=12, nq=nq, nk=nk, head_dim=dim, rank=rank, v_p=1)
         plan = _C.binary_attention_cuda_plan(bytes(params))
         launch = plan["launch"]
-        assert plan["q_block"] == launch["block"] // 2 <= 128
+        assert plan["q_block"] == launch["block"] // 2 <= (128 if dim <= 64 else 64)
         assert launch["grid"] == 36 * -(-nq // plan["q_block"])
         assert plan["chunk"] % 128 == 0 and plan["chunk"] < nk + 128
         # What a block may have on every device.

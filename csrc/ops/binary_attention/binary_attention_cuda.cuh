@@ -1,180 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA kernel of binary attention.
 //
-// A block takes up to 128 queries of one head, a warp 16 of them. It packs them, and all keys and
-// values of the head, to bits in shared memory: K row by row, V along the keys. Then it walks the
-// keys twice, since a probability is compared with alpha / 2 and needs its row's sum: pass 1 takes
-// the largest score and the sum, pass 2 the bits and their product with V. Scores are computed in
-// both; with one walk they would have to be kept. Where K and V do not fit into shared memory, they
-// are packed chunk by chunk in either pass.
+// A block takes up to 128 queries of one head (64 where d > 64), a warp 16 of them. It packs them,
+// and all keys and values of the head, to bits in shared memory: K row by row, V along the keys.
+// Then it walks the keys twice, since a probability is compared with alpha / 2 and needs its row's
+// sum: pass 1 takes the largest score and the sum, pass 2 the bits and their product with V. Scores
+// are computed in both; with one walk they would have to be kept. Where K and V do not fit into
+// shared memory, they are packed chunk by chunk in either pass.
 //
 // Products are m16n8k256 of bits on tensor cores. A sign is two bits, x > 0 and x < 0, so that 0 is
 // exact, and d <= 64 signs of K are one operand: with the swapped and inverted planes as its second
 // half,
 //   q+ k+ + q- k- + q+ ~k- + q- ~k+ = (q . k) + popc(q+) + popc(q-),
-// whose second part is the same for a row and is in the accumulator before. P V likewise. POPC, 16
-// lanes per cycle, would take 4 cycles of a warp for 32 scores at d = 64 with the same zeros, an
-// mma about a third of one (sm_80, sm_90); and 8 against 1/2 for P V. From sm_100 on ptxas emulates
-// the mma by 8 products of int8, which still is less than POPC.
+// whose second part is the same for a row and is in the accumulator before. P V likewise. POPC, of
+// 16 lanes per cycle, would take a multiprocessor 8 cycles for 32 scores at d = 64, zeros included,
+// and 8 for their part of P V; the mma take 0.5 and 0.25 on sm_90 (0.54 per cycle were measured
+// there by others). From sm_100 on ptxas calls a routine for an mma, with 8 products of int8 and 43
+// to 74 further instructions: some 5 cycles and 2.5, still less than POPC.
 //
 // An accumulator holds columns 2 t and 2 t + 1 of a lane. Keys are dealt to columns so that those
 // of two neighbouring tiles are four consecutive keys: one random block of dropout, one float4 of
 // mask and estimator, and 4 bits of the word that is the lane's own operand for P V.
 //
-// Bound, by arithmetic and not yet by measurement: at 128 keys and d = 64, memory and arithmetic
-// alike. A head moves 64 KB in float16, 6600 cycles of an SM of an A100; 16384 scores need
-// some 12 instructions in pass 1 (and 1.25 exponentials, 16 lanes per cycle) and 8 in pass 2, and
-// packing 24576 elements 10 each: 5500 cycles at 4 warps per cycle. Longer sequences are bound by
-// the scores' arithmetic.
+// Registers, 128 at d <= 64, leave 16 warps to a multiprocessor. Bound, by arithmetic and not yet
+// by measurement: at 128 tokens and d = 64 memory and instructions alike. A head moves 64 KB in
+// float16, 6600 cycles of an SM of an A100; its 16384 scores take some 12 instructions in pass 1
+// (1.25 of them exponentials, of 16 lanes per cycle) and 8 in pass 2, and its 24576 elements 10
+// each to pack: 4500 cycles at 4 warps per cycle. Longer sequences are bound by the scores.
 #pragma once
 
 #include "core/philox.h"
 #include "core/ptx.cuh"
-#include "ops/binary_attention/binary_attention_cuda_pack.cuh"
+#include "ops/binary_attention/binary_attention_cuda_stage.cuh"
 
 namespace fastbb {
 namespace cuda {
 
-constexpr int kTile = kBinaryAttentionCudaTile;
-constexpr int kRows = kBinaryAttentionCudaRows;
-constexpr int kAttentionThreads = 32 * kBinaryAttentionCudaWarps;
 constexpr float kLog2E = 1.44269504088896341f;
 // An accumulator that starts with the bits of 1.5 * 2^23 ends as those of 1.5 * 2^23 plus the
 // count: a subtraction makes it a float, exact below 2^22.
 constexpr float kCountBase = 12582912.0f;
-
-struct AttentionAlphas {
-  float q = 1.0f, k = 1.0f, v = 1.0f, p = 1.0f;
-
-  __device__ explicit AttentionAlphas(const BinaryAttentionParams& params) {
-    if (params.alphas == nullptr) return;
-    const auto raised = [&](int i) {
-      return params.alphas[i] < kLeastAlpha ? kLeastAlpha : params.alphas[i];
-    };
-    q = raised(0);
-    k = raised(1);
-    v = raised(2);
-    if (!params.bool_probs) p = raised(3);
-  }
-};
-
-// Dynamic shared memory. Keys of 16 are in the order of columns, see key_place.
-template <int kWords>
-struct AttentionShared {
-  static constexpr int kUnits = kWords / 2;  // of 16 bytes, of both planes of a row
-  static constexpr int kDim = 32 * kWords;
-  uint4* q;      // [kUnits][q_block]
-  uint4* k;      // [kUnits][chunk]
-  uint32_t* v;   // [tiles][2][kDim][4]: x > 0, and not x < 0
-  float* terms;  // [1 + rank + v_p][chunk]: mask, or -inf behind the last key; est_k; v_p
-  float* est_q;  // [rank][q_block], times scale
-  int64_t chunk, q_block;
-
-  __device__ AttentionShared(void* memory, const BinaryAttentionParams& p,
-                             const BinaryAttentionCudaPlan& plan)
-      : chunk(plan.chunk), q_block(plan.q_block) {
-    q = static_cast<uint4*>(memory);
-    k = q + kUnits * q_block;
-    v = reinterpret_cast<uint32_t*>(k + kUnits * chunk);
-    terms = reinterpret_cast<float*>(v + chunk / kTile * 2 * kDim * 4);
-    est_q = terms + (plan.v_p_row + (p.v_p != nullptr ? 1 : 0)) * chunk;
-  }
-};
-
-// What a block works on.
-struct AttentionTask {
-  int64_t image, head, first_query;
-  bool saves_keys;  // planes of keys and values: one block of a head
-  AttentionAlphas alphas;
-
-  __device__ AttentionTask(const BinaryAttentionParams& p, const BinaryAttentionCudaPlan& plan)
-      : alphas(p) {
-    const int64_t block = blockIdx.x;
-    image = block / plan.q_blocks / p.heads;
-    head = block / plan.q_blocks % p.heads;
-    first_query = block % plan.q_blocks * plan.q_block;
-    saves_keys = first_query == 0;
-  }
-  __device__ PackSource source(const BinaryAttentionParams& p, const HeadMap& map, int64_t tokens,
-                               float alpha, uint8_t* planes) const {
-    return {map, image, head, p.heads, tokens, static_cast<int>(p.head_dim), alpha, p.ste, planes};
-  }
-};
-
-// Where key 4 u + 2 v + e of 16 is: as column 2 u + e of tile v.
-__device__ __forceinline__ int key_place(int key) {
-  return (key & ~15) | (key & 2) << 2 | (key & 12) >> 1 | (key & 1);
-}
-
-// Packs keys [first, first + 32) of the chunk that starts at key `start`.
-template <class Element, int kWords, bool kSave>
-__device__ __forceinline__ void stage_keys(const BinaryAttentionParams& p,
-                                           const AttentionTask& task,
-                                           const AttentionShared<kWords>& s, int64_t start,
-                                           int first, bool save) {
-  const PackSource source =
-      task.source(p, p.k, p.nk, task.alphas.k, save && task.saves_keys ? p.k_planes : nullptr);
-  const RowBits<kWords> bits =
-      pack_rows<Element, kWords, 32, kSave>(source, [&](int r) { return start + first + r; });
-  const int place = key_place(first + static_cast<int>(threadIdx.x % 32));
-#pragma unroll
-  for (int j = 0; j < s.kUnits; ++j) s.k[j * s.chunk + place] = bits.planes(j);
-}
-
-// Packs the values of word `word` of a tile: the 32 keys whose bits lane `word` of four gets.
-template <class Element, int kWords, bool kSave>
-__device__ __forceinline__ void stage_values(const BinaryAttentionParams& p,
-                                             const AttentionTask& task,
-                                             const AttentionShared<kWords>& s, int64_t start,
-                                             int tile, int word) {
-  const int lane = threadIdx.x % 32;
-  const PackSource source =
-      task.source(p, p.v, p.nk, task.alphas.v, task.saves_keys ? p.v_planes : nullptr);
-  const RowBits<kWords> bits = pack_rows<Element, kWords, 32, kSave>(
-      source, [&](int r) { return start + tile * kTile + r / 4 * 16 + word * 4 + r % 4; });
-  uint32_t* to = s.v + tile * (2 * s.kDim * 4) + word;
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    to[(32 * w + lane) * 4] = transpose_bits(bits.positive[w]);
-    to[(s.kDim + 32 * w + lane) * 4] = ~transpose_bits(bits.negative[w]);
-  }
-}
-
-template <int kWords>
-__device__ __forceinline__ void stage_terms(const BinaryAttentionParams& p,
-                                            const BinaryAttentionCudaPlan& plan,
-                                            const AttentionTask& task,
-                                            const AttentionShared<kWords>& s, int64_t start) {
-  const bool masked = p.mask != nullptr && p.mask_query == 0;
-  for (int64_t i = threadIdx.x; i < s.chunk; i += blockDim.x) {
-    const int64_t key = start + i;
-    const bool valid = key < p.nk;
-    s.terms[i] = !valid ? -INFINITY : masked ? p.mask[task.image * p.mask_image + key] : 0.0f;
-    const float* est = p.est_k + (task.image * p.nk + key) * p.rank;
-    for (int64_t r = 0; r < p.rank; ++r) s.terms[(1 + r) * s.chunk + i] = valid ? est[r] : 0.0f;
-    if (p.v_p != nullptr) {
-      s.terms[plan.v_p_row * s.chunk + i] = valid ? p.v_p[task.image * p.nk + key] : 0.0f;
-    }
-  }
-}
-
-// All of a chunk, or without its values.
-template <class Element, int kWords, bool kSave>
-__device__ __forceinline__ void stage(const BinaryAttentionParams& p,
-                                      const BinaryAttentionCudaPlan& plan,
-                                      const AttentionTask& task, const AttentionShared<kWords>& s,
-                                      int64_t start, bool values) {
-  const int warps = blockDim.x / 32;
-  const int64_t rest = p.nk - start < s.chunk ? p.nk - start : s.chunk;
-  const int tiles = static_cast<int>((rest + kTile - 1) / kTile);
-  const int groups = tiles * (kTile / 32);
-#pragma unroll 1
-  for (int group = threadIdx.x / 32; group < groups; group += warps) {
-    stage_keys<Element, kWords, kSave>(p, task, s, start, group * 32, values);
-    if (values) stage_values<Element, kWords, kSave>(p, task, s, start, group / 4, group % 4);
-  }
-  stage_terms(p, plan, task, s, start);
-}
 
 // The 16 queries of a warp; a lane has rows lane / 4 and lane / 4 + 8.
 template <int kWords>
@@ -449,7 +314,7 @@ struct WarpResults {
 };
 
 template <class Element, int kWords, bool kTraining>
-__global__ void __launch_bounds__(kAttentionThreads, kWords == 2 ? 2 : 1)
+__global__ void __launch_bounds__(32 * binary_attention_cuda_warps(kWords), 2)
     binary_attention_forward(const __grid_constant__ BinaryAttentionParams p,
                              const __grid_constant__ BinaryAttentionCudaPlan plan) {
   extern __shared__ __align__(16) unsigned char memory[];

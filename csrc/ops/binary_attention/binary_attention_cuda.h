@@ -13,7 +13,9 @@ namespace fastbb {
 
 constexpr int64_t kBinaryAttentionCudaMaxHeadDim = 128;
 constexpr int64_t kBinaryAttentionCudaMaxRank = 64;
-constexpr int kBinaryAttentionCudaWarps = 8;   // of a block, at most
+// Warps of a block, at most, by the words of a row: registers leave room for 16 warps on a
+// multiprocessor, or 12.
+constexpr int binary_attention_cuda_warps(int64_t words) { return words == 2 ? 8 : 4; }
 constexpr int kBinaryAttentionCudaRows = 16;   // queries of a warp
 constexpr int kBinaryAttentionCudaTile = 128;  // keys: a row of packed bits of each
 

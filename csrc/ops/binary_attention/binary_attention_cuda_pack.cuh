@@ -46,7 +46,7 @@ __device__ __forceinline__ RowBits<kWords> pack_rows(const PackSource& source,
   const auto* rows = static_cast<const Element*>(source.map.data) +
                      source.image * source.map.image + source.head * source.map.head;
   RowBits<kWords> bits;
-#pragma unroll 8
+#pragma unroll 4
   for (int r = 0; r < kRows; ++r) {
     const int64_t token = token_of(r);
     const auto* row = rows + token * source.map.token;

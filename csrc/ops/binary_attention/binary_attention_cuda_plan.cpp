@@ -16,12 +16,13 @@ BinaryAttentionCudaPlan binary_attention_cuda_plan(const BinaryAttentionParams& 
   constexpr int64_t kBudget = 32 * 1024;
   constexpr int64_t kRows = kBinaryAttentionCudaRows, kTile = kBinaryAttentionCudaTile;
   BinaryAttentionCudaPlan plan{};
-  const int64_t warps = std::clamp<int64_t>(divide_up(p.nq, kRows), 1, kBinaryAttentionCudaWarps);
+  plan.words = p.head_dim <= 64 ? 2 : 4;
+  const int64_t warps =
+      std::clamp<int64_t>(divide_up(p.nq, kRows), 1, binary_attention_cuda_warps(plan.words));
   plan.q_block = warps * kRows;
   plan.q_blocks = divide_up(p.nq, plan.q_block);
   // The first block of a head saves planes of keys and values.
   if (p.k_planes != nullptr) plan.q_blocks = std::max<int64_t>(plan.q_blocks, 1);
-  plan.words = p.head_dim <= 64 ? 2 : 4;
   plan.training = p.dropout > 0 || p.lse != nullptr || p.q_planes != nullptr;
   plan.even = p.head_dim % 2 == 0;
   plan.v_p_row = 1 + p.rank;

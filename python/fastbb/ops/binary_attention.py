@@ -26,6 +26,8 @@ OP = "binary_attention"
 PROBS = ("softmax", "bool")
 STES = ("clip", "clip_open", "identity")
 MAX_HEAD_DIM = 256
+MAX_CUDA_HEAD_DIM = 128
+MAX_CUDA_RANK = 64
 # Token indices are 32-bit in the kernels.
 MAX_TOKENS = 2**31 - 1
 _SIDE_DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -108,7 +110,7 @@ def binary_attention(
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
         fail(OP, "seed", "must be an int", type(seed).__name__, TypeError)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    if use_kernel(OP, impl, can_run(q, k, v)):
+    if use_kernel(OP, impl, can_run(q, k, v, est_q)):
         inputs = (q, k, v, alphas, est_q, est_k, v_p)
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         return torch.ops.fastbb.binary_attention.default(
@@ -134,11 +136,14 @@ def binary_attention(
     )
 
 
-def can_run(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+def can_run(q: Tensor, k: Tensor, v: Tensor, est_q: Tensor | None = None) -> list[str]:
     """Reasons why the fused kernel cannot serve these (valid) tensors; empty when it can."""
     reasons = kernel_reasons(OP, q)
-    if k.shape[-1] > MAX_HEAD_DIM:
-        reasons.append(f"head dim {k.shape[-1]} is above {MAX_HEAD_DIM}")
+    most = MAX_CUDA_HEAD_DIM if k.is_cuda else MAX_HEAD_DIM
+    if k.shape[-1] > most:
+        reasons.append(f"head dim {k.shape[-1]} is above {most}")
+    if k.is_cuda and est_q is not None and est_q.shape[-1] > MAX_CUDA_RANK:
+        reasons.append(f"rank {est_q.shape[-1]} is above {MAX_CUDA_RANK}")
     return reasons
 
 
