@@ -125,9 +125,9 @@ py::bytes bytes_of(const Plan& plan) {
   return py::bytes(reinterpret_cast<const char*>(&plan), sizeof(plan));
 }
 
-py::dict binary_linear_cuda_plan(const std::string& params) {
+py::dict binary_linear_cuda_plan(const std::string& params, int64_t many_tiles) {
   const auto plan = fastbb::binary_linear_cuda_plan(
-      params_of<fastbb::BinaryLinearParams>("binary_linear_cuda_plan", params));
+      params_of<fastbb::BinaryLinearParams>("binary_linear_cuda_plan", params), many_tiles);
   py::dict result;
   result["bytes"] = bytes_of(plan);
   result["launch"] = launch_of(plan.launch);
@@ -218,6 +218,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_levels", &isa_levels, "Levels of this build that this machine runs, weakest first.");
   m.def("set_isa", &set_isa, py::arg("level"), "Process-wide level of the CPU kernels.");
   m.def("binary_linear_cuda_plan", &binary_linear_cuda_plan, py::arg("params"),
+        py::arg("many_tiles") = fastbb::kBinaryCudaManyTiles,
         "How the CUDA kernel of binary_linear is launched; params: the C++ struct.");
   m.def("binary_pack_cuda_plan", &binary_pack_cuda_plan, py::arg("rows"), py::arg("k"),
         "How the CUDA kernels of binary_pack are launched.");
