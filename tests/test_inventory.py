@@ -186,6 +186,7 @@ MAY_IMPORT = {
     "nn": {"config", "ops", "nn"},
     "models": {"nn", "models"},
     "accelerate": {"config", "ops", "nn", "accelerate"},
+    "binarize": {"accelerate", "nn", "binarize"},
     "selftest": {"_console", "config", "cuda_facts", "measure", "ops", "selftest", "testing"},
 }
 

@@ -26,8 +26,8 @@ FASTBB_INLINE VecF erf(VecF x) {
 
 // x * Phi(x), Phi the normal distribution: the exact GELU, with an absolute error of 3e-7 |x|.
 FASTBB_INLINE VecF gelu(VecF x) {
-  // Where erf is -1 but for rounding, the product would keep that error; -inf gives 0 * inf = NaN in
-  // PyTorch too.
+  // Where erf is -1 but for rounding, the product would keep that error; -inf gives 0 * inf = NaN
+  // in PyTorch too.
   return x * 0.5f * (1.0f + erf(x * 0.70710678118654752f));
 }
 

@@ -42,21 +42,21 @@ constexpr int64_t kCountSteps = 31;
 
 FASTBB_INLINE VecB count_bytes(VecW x) {
 #if defined(__AVX512BW__)
-  const __m512i table = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m512i table =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
   const __m512i low = _mm512_set1_epi8(15);
   const __m512i v = bit_cast<__m512i>(x);
-  return bit_cast<VecB>(_mm512_add_epi8(
-      _mm512_shuffle_epi8(table, _mm512_and_si512(v, low)),
-      _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v, 4), low))));
+  return bit_cast<VecB>(
+      _mm512_add_epi8(_mm512_shuffle_epi8(table, _mm512_and_si512(v, low)),
+                      _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v, 4), low))));
 #elif defined(__AVX2__)
-  const __m256i table = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m256i table =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
   const __m256i low = _mm256_set1_epi8(15);
   const __m256i v = bit_cast<__m256i>(x);
-  return bit_cast<VecB>(_mm256_add_epi8(
-      _mm256_shuffle_epi8(table, _mm256_and_si256(v, low)),
-      _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low))));
+  return bit_cast<VecB>(
+      _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(v, low)),
+                      _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low))));
 #elif defined(__aarch64__)
   return bit_cast<VecB>(vcntq_u8(bit_cast<uint8x16_t>(x)));
 #else

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "ops/binary_attention/binary_attention_cuda.h"
 #include "ops/binary_linear/binary_linear.h"
 #include "ops/binary_linear/binary_linear_cuda.h"
 #include "ops/binary_pack/binary_pack_cuda.h"
@@ -125,6 +126,19 @@ py::bytes bytes_of(const Plan& plan) {
   return py::bytes(reinterpret_cast<const char*>(&plan), sizeof(plan));
 }
 
+py::dict binary_attention_cuda_plan(const std::string& params) {
+  const auto plan = fastbb::binary_attention_cuda_plan(
+      params_of<fastbb::BinaryAttentionParams>("binary_attention_cuda_plan", params));
+  py::dict result;
+  result["bytes"] = bytes_of(plan);
+  result["launch"] = launch_of(plan.launch);
+  result["q_block"] = plan.q_block;
+  result["chunk"] = plan.chunk;
+  result["words"] = plan.words;
+  result["training"] = plan.training;
+  return result;
+}
+
 py::dict binary_linear_cuda_plan(const std::string& params, int64_t many_tiles) {
   const auto plan = fastbb::binary_linear_cuda_plan(
       params_of<fastbb::BinaryLinearParams>("binary_linear_cuda_plan", params), many_tiles);
@@ -217,6 +231,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return fastbb::isa_name(fastbb::isa()); }, "Level in force.");
   m.def("isa_levels", &isa_levels, "Levels of this build that this machine runs, weakest first.");
   m.def("set_isa", &set_isa, py::arg("level"), "Process-wide level of the CPU kernels.");
+  m.def("binary_attention_cuda_plan", &binary_attention_cuda_plan, py::arg("params"),
+        "How the CUDA kernel of binary_attention is launched; params: the C++ struct.");
   m.def("binary_linear_cuda_plan", &binary_linear_cuda_plan, py::arg("params"),
         py::arg("many_tiles") = fastbb::kBinaryCudaManyTiles,
         "How the CUDA kernel of binary_linear is launched; params: the C++ struct.");

@@ -2,6 +2,7 @@
 """Fast backbones: hand-written kernels behind drop-in PyTorch modules.
 
 `accelerate_(model)` makes a timm or torchvision backbone faster with the same outputs,
+`binarize_(model)` makes a Hugging Face BERT or timm ViT binary, `pack_(model)` 1-bit,
 `models.create_model(name)` builds one from fastbb's own modules, `ops` has the operators.
 """
 
@@ -20,6 +21,7 @@ torch.ops.load_library(_ops.origin)
 
 from fastbb import models, nn, ops, reference  # noqa: E402
 from fastbb.accelerate import accelerate_, restore_  # noqa: E402
+from fastbb.binarize import binarize_, pack_  # noqa: E402
 from fastbb.config import cap_isa, fused_enabled, isa, isa_levels, use_fused  # noqa: E402
 
 __version__ = str(_C.build_info()["version"])
@@ -34,6 +36,7 @@ def build_info() -> dict[str, object]:
 
 __all__ = [
     "accelerate_",
+    "binarize_",
     "build_info",
     "cap_isa",
     "fused_enabled",
@@ -42,6 +45,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "pack_",
     "reference",
     "restore_",
     "use_fused",

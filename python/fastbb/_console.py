@@ -21,14 +21,15 @@ class WrongResult(RuntimeError):
     """What a command computed is wrong; its text says what."""
 
 
-def require(module: str, purpose: str) -> ModuleType:
-    """Imports an optional dependency, or raises UsageError with the command that installs it."""
+def require(module: str, purpose: str, extra: str = "demo") -> ModuleType:
+    """Imports an optional dependency, or raises UsageError with the command that installs it, as
+    part of one of fastbb's extras."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UsageError(
             f"{purpose} needs {module.split('.')[0]}, which cannot be imported ({error}); "
-            "install it with: pip install 'fastbb[demo]'"
+            f"install it with: pip install 'fastbb[{extra}]'"
         ) from error
 
 

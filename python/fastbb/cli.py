@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `fastbb`: `demo`, `bench`, `selftest` and `info`.
+"""The command `fastbb`: `demo`, `bench`, `selftest`, `examples` and `info`.
 
 Exit status: 0 success; 1 a result is wrong; 2 a request that cannot be served.
 """
@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    return run_command(f"fastbb {args.command}", args.function, args)
+    name = " ".join(filter(None, ("fastbb", args.command, getattr(args, "example", None))))
+    return run_command(name, args.function, args)
 
 
 def run_command(
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_bench(commands)
     _add_selftest(commands)
+    _add_examples(commands)
     info = commands.add_parser("info", help="show what was built and what this machine can run")
     info.set_defaults(function=_info)
     return parser
@@ -112,6 +114,43 @@ def _add_selftest(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     selftest.add_argument("--json", type=Path, help="file for all results")
     selftest.add_argument("--threads", type=positive, help="of torch; default: torch's own choice")
     selftest.set_defaults(function=_selftest)
+
+
+def _add_examples(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    examples = commands.add_parser(
+        "examples", help="whole tasks with real weights and data: binary-minilm"
+    )
+    names = examples.add_subparsers(dest="example", metavar="example", required=True)
+    minilm = names.add_parser(
+        "binary-minilm",
+        help="distil a pre-trained text encoder to a binary one, pack it and measure both",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    minilm.add_argument("--dataset", choices=("r8", "20newsgroups"), default="r8")
+    minilm.add_argument("--preset", choices=("bipft", "bit", "bibert"), default="bipft")
+    minilm.add_argument("--steps", type=positive, default=argparse.SUPPRESS, help="of distillation")
+    minilm.add_argument(
+        "--teacher-steps", type=positive, default=argparse.SUPPRESS, help="of fine-tuning in float"
+    )
+    minilm.add_argument(
+        "--max-length", type=positive, default=64, help="tokens after which documents are cut"
+    )
+    minilm.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of matrix products in training; auto: bf16 where the processor multiplies it",
+    )
+    minilm.add_argument("--seed", type=int, default=0)
+    minilm.add_argument("--cache", type=Path, help="folder for downloads; default: ~/.cache/fastbb")
+    minilm.add_argument(
+        "--out", type=Path, default=Path("fastbb-binary-minilm"), help="folder for results"
+    )
+    minilm.add_argument("--threads", type=positive, help="of torch; default: torch's own choice")
+    minilm.add_argument(
+        "--quick", action="store_true", help="8 steps: shows that all works, not how well"
+    )
+    minilm.set_defaults(function=_binary_minilm)
 
 
 def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
@@ -236,6 +275,25 @@ def _selftest(args: argparse.Namespace, progress: Progress) -> None:
         args.json.write_text(json.dumps(selftest.to_dict(rows, machine), indent=1) + "\n")
     if selftest.failures(rows):
         raise WrongResult(selftest.summary(rows))
+
+
+def _binary_minilm(args: argparse.Namespace, progress: Progress) -> None:
+    from fastbb import examples
+
+    options = examples.Options(
+        preset=args.preset, precision=args.precision, seed=args.seed, out=args.out
+    )
+    if args.quick:
+        options = examples.quick(options)
+    options = examples.with_steps(
+        options, getattr(args, "steps", None), getattr(args, "teacher_steps", None)
+    )
+    cache = examples.default_cache() if args.cache is None else args.cache
+    examples.run_binary_minilm(
+        lambda shown: examples.load_task(args.dataset, args.max_length, cache, shown),
+        options,
+        progress,
+    )
 
 
 def _info(args: argparse.Namespace, progress: Progress) -> None:

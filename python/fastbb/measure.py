@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,25 @@ def _peak_of_events(events: Iterator[tuple[int, int]]) -> int:
         else:
             held -= live.pop(address, 0)
     return peak
+
+
+def saved_bytes(fn: Callable[[], object], module: nn.Module) -> int:
+    """Bytes that autograd keeps for the backward pass of `fn`, beyond the state of `module`. Views of
+    one storage count once.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = fn()
+    del result
+    return sum(kept.values())
 
 
 def peak_resident_bytes(fn: Callable[[], object], *, warmup: int = 1) -> int | None:

@@ -61,7 +61,7 @@ const void* main_stack;
 size_t main_stack_size;
 void (*entry_point)(void*);
 void* entry_argument;
-char start_tag, barrier_tag, end_tag;
+char start_tag, barrier_tag, end_tag, warp_tags[kMaxThreads / kLanes];
 
 // Saves the registers that calls preserve, and the stack pointer, and takes others.
 extern "C" void simt_switch(void** save, void* load);
@@ -253,6 +253,7 @@ FASTBB_SIMT_UNCHECKED void run_block() {
 
 FASTBB_SIMT_UNCHECKED Index thread_index() { return {static_cast<uint32_t>(current)}; }
 FASTBB_SIMT_UNCHECKED Index block_index() { return {block}; }
+FASTBB_SIMT_UNCHECKED Index block_size() { return {static_cast<uint32_t>(thread_count)}; }
 
 FASTBB_SIMT_UNCHECKED void fail(const char* what) {
   const int thread = current < 0 ? 0 : current;
@@ -310,6 +311,8 @@ FASTBB_SIMT_UNCHECKED void take_lanes(void* const* lanes) {
   }
 }
 
+FASTBB_SIMT_UNCHECKED void do_nothing(void* const*) {}
+
 FASTBB_SIMT_UNCHECKED void gather_votes(void* const* lanes) {
   uint32_t found = 0;
   for (int i = 0; i < kLanes; ++i) found |= static_cast<Exchange*>(lanes[i])->in << i;
@@ -336,6 +339,14 @@ FASTBB_SIMT_UNCHECKED bool any(uint32_t mask, bool x) {
   Exchange lane{x, 0, 0};
   meet(2, &lane, any_lane);
   return lane.out != 0;
+}
+
+FASTBB_SIMT_UNCHECKED void warp_barrier(uint32_t mask) {
+  if (mask != 0xffffffffu) fail("a barrier of a part of a warp");
+  char* tag = &warp_tags[current / kLanes];
+  release(tag);
+  meet(5, nullptr, do_nothing);
+  acquire(tag);
 }
 
 FASTBB_SIMT_UNCHECKED uint32_t take(uint32_t mask, uint32_t bits, int lane) {

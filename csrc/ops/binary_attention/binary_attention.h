@@ -6,7 +6,7 @@
 //
 //   S = scale * (a_q a_k Qb Kb^T + est_q est_k^T) + mask
 //   P = dropout(softmax(S)), bit = P > a_p / 2          or, with bool_probs, bit = dropout(S) > 0
-//   out = a_p a_v bit Vb + a_p (bit v_p)
+//   out = a_p a_v bit Vb + a_p (bit v_p)                and a_p = 1 here
 #pragma once
 
 #include <cstdint>
@@ -49,15 +49,23 @@ struct BinaryAttentionParams {
   float* lse;         // [B, h, Nq]; softmax alone
 };
 
-// A task is a block of queries of one head.
+// CPU: packing tasks, of a block of keys of one head, fill the workspace; then tasks of a block of
+// queries of one head read it.
 struct BinaryAttentionPlan {
   int64_t q_block, q_blocks, tasks;
+  int64_t key_block, key_blocks, pack_tasks;
+  int64_t padded_keys, padded_dim;  // whole words of 32 keys, whole vectors of 16 channels
+  int64_t head_bytes;               // packed keys and values of a head
+  int64_t est_offset;               // bytes; behind it est_k as [B, rank, padded_keys]
+  int64_t workspace_bytes;
 };
 FASTBB_EXPORT BinaryAttentionPlan binary_attention_plan(const BinaryAttentionParams& p);
 
 struct BinaryAttentionKernels {
-  void (*forward)(const BinaryAttentionParams&, const BinaryAttentionPlan&, int64_t begin,
-                  int64_t end);
+  void (*pack)(const BinaryAttentionParams&, const BinaryAttentionPlan&, uint8_t* workspace,
+               int64_t begin, int64_t end);
+  void (*forward)(const BinaryAttentionParams&, const BinaryAttentionPlan&,
+                  const uint8_t* workspace, int64_t begin, int64_t end);
 };
 FASTBB_EXPORT const BinaryAttentionKernels& binary_attention_kernels();
 

@@ -138,7 +138,8 @@ const float* side(Call& call, const char* name, const OptionalTensor& x,
   check_device(call, name, *x);
   check_floating(call.op, name, *x);
   const bool fits = std::find(sizes.begin(), sizes.end(), x->numel()) != sizes.end();
-  if (!fits) fail(call.op, name, "must have as many elements as one of " + printed(sizes), x->numel());
+  if (!fits)
+    fail(call.op, name, "must have as many elements as one of " + printed(sizes), x->numel());
   return floats(call.hold(as_float32(*x)));
 }
 
@@ -247,9 +248,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale,
   const Tensor out = make_out(call, lead, out_dtype, out_kind, out_alpha, out_shift);
   if (p.m == 0 || p.n == 0) return out;
 
-  const Tensor& a = call.hold(packed ? bits
-                                     : pack_rows(call, torch::stable::reshape(x, {p.m, k}),
-                                                 p.a_kind, offsets, p.alpha));
+  const Tensor& a = call.hold(
+      packed ? bits
+             : pack_rows(call, torch::stable::reshape(x, {p.m, k}), p.a_kind, offsets, p.alpha));
   p.a = static_cast<const uint8_t*>(a.const_data_ptr());
   p.a_row = bit_planes(p.a_kind) * bit_row_bytes(k);
   launch(call);

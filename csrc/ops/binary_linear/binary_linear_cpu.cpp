@@ -2,9 +2,9 @@
 // CPU kernels of binary products, compiled once per instruction-set level.
 //
 // A task makes up to 192 x 128 results (binary_linear_plan.cpp): it interleaves its rows of a once,
-// then goes through its columns panel by panel: interleaves a panel of b (32 columns of 768 bits are
-// 3 KB), and runs the register tile of binary_linear_tile.h down the rows. What it works on stays in
-// the L1 and L2 caches. Interleaving is 1 / 192 and 1 / 128 of the inner loop's words.
+// then goes through its columns panel by panel: interleaves a panel of b (32 columns of 768 bits
+// are 3 KB), and runs the register tile of binary_linear_tile.h down the rows. What it works on
+// stays in the L1 and L2 caches. Interleaving is 1 / 192 and 1 / 128 of the inner loop's words.
 //
 // A ternary tile of rows without a zero is a signed one: its second plane says nothing new, and one
 // pass is saved.
@@ -43,8 +43,8 @@ void interleave_rows(const BinaryLinearParams& p, const uint8_t* a, const Rows& 
   for (int64_t i = 0; i < rows.tiles.tiles; ++i) {
     const int64_t first = rows.tiles.first(i);
     for (int plane = 0; plane < rows.planes; ++plane) {
-      interleave_tile(a + first * p.a_row + plane * bit_row_bytes(p.k), p.a_row,
-                      rows.tiles.size(i), rows.words, rows.tile(i, plane),
+      interleave_tile(a + first * p.a_row + plane * bit_row_bytes(p.k), p.a_row, rows.tiles.size(i),
+                      rows.words, rows.tile(i, plane),
                       rows.ones + plane * rows.tiles.count + first);
     }
   }
@@ -52,8 +52,8 @@ void interleave_rows(const BinaryLinearParams& p, const uint8_t* a, const Rows& 
 
 // Counts of a tile: of a's first plane where its rows are signed or unsigned, or ternary without a
 // zero; else the difference of its planes.
-void count_rows(const BinaryLinearParams& p, const Rows& rows, int64_t index,
-                const uint64_t* panel, Tile& tile) {
+void count_rows(const BinaryLinearParams& p, const Rows& rows, int64_t index, const uint64_t* panel,
+                Tile& tile) {
   const int64_t first = rows.tiles.first(index);
   tile.rows = rows.tiles.size(index);
   bool zeros = false;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What becomes of counts: integer products, scaled and biased floats, or bits for the next layer.
 //
-// About 7 instructions per vector of results (25 more for GELU), where K = 768 takes 72 in the inner
-// loop. They run tile by tile on counts that are still in L1.
+// About 7 instructions per vector of results (25 more for GELU), where K = 768 takes 72 in the
+// inner loop. They run tile by tile on counts that are still in L1.
 #pragma once
 
 #include "core/activation.h"
@@ -57,7 +57,8 @@ struct Tile {
   int32_t ones[kTileRows];
 };
 
-// The integer products of a vector of columns in each row of a tile, one call of `use(r, c, dot)` each.
+// The integer products of a vector of columns in each row of a tile, one call of `use(r, c, dot)`
+// each.
 template <class Use>
 FASTBB_INLINE void for_dots(const Tile& tile, const DotTerms& d, const PanelTerms& terms, Use use) {
   for (int c = 0; c < tile.columns; c += kLanes) {
@@ -71,8 +72,7 @@ FASTBB_INLINE void for_dots(const Tile& tile, const DotTerms& d, const PanelTerm
 
 template <Activation kActivation>
 FASTBB_INLINE VecF result(VecI dot, const PanelTerms& terms, int c) {
-  const VecF y =
-      __builtin_convertvector(dot, VecF) * load(terms.factor + c) + load(terms.bias + c);
+  const VecF y = __builtin_convertvector(dot, VecF) * load(terms.factor + c) + load(terms.bias + c);
   if constexpr (kActivation == Activation::kRelu) return relu(y);
   if constexpr (kActivation == Activation::kGelu) return gelu(y);
   return y;
@@ -137,8 +137,7 @@ inline void write_bits(const BinaryLinearParams& p, const Tile& tile, const Tile
   const uint64_t real = (uint64_t{1} << tile.columns) - 1;
   const auto bytes = static_cast<size_t>((tile.columns + 7) / 8);
   for (int r = 0; r < tile.rows; ++r) {
-    auto* to =
-        static_cast<uint8_t*>(p.out) + (tile.row + r) * planes * row_bytes + tile.column / 8;
+    auto* to = static_cast<uint8_t*>(p.out) + (tile.row + r) * planes * row_bytes + tile.column / 8;
     for (int plane = 0; plane < planes; ++plane) {
       const uint64_t word = bits.plane[plane][r] & real;
       std::memcpy(to + plane * row_bytes, &word, bytes);

@@ -22,7 +22,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // work. Columns: enough work to pay for a's interleaving and the hand-over, about 10 us.
 constexpr int64_t kRows = 192;  // a multiple of every register tile's rows
 constexpr int64_t kColumns = 128;
-constexpr int64_t kColumnUnit = 32;  // of panels at any level
+constexpr int64_t kColumnUnit = 32;              // of panels at any level
 constexpr int64_t kTaskWork = int64_t{1} << 24;  // bits
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bits of GELU(y) without GELU: a bit depends on an integer, the product, so it is set on an interval
-// of integers that is found once per column.
+// Bits of GELU(y) without GELU: a bit depends on an integer, the product, so it is set on an
+// interval of integers that is found once per column.
 //
 // GELU falls to its minimum at y = -0.7518 and rises from there, and y rises with the product. On
 // either side a bit changes once, and a binary search of 2 log2(K) evaluations finds where. For the
@@ -51,8 +51,7 @@ inline bool rising(const PanelTerms& terms) {
 
 // kPlanes of bits: the first is set at both ends, the second one, of negative values, between them.
 template <int kPlanes>
-void find_intervals(const BinaryLinearParams& p, const PanelTerms& terms,
-                    BitIntervals& intervals) {
+void find_intervals(const BinaryLinearParams& p, const PanelTerms& terms, BitIntervals& intervals) {
   const auto k = static_cast<int32_t>(p.k);
   const int steps = 33 - __builtin_clz(2u * static_cast<uint32_t>(k) + 2u);
   const VecF threshold = bit_threshold(p);

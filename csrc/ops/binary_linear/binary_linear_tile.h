@@ -3,8 +3,8 @@
 // columns.
 //
 // A vector holds one 64-bit word of several columns, so sums stay in their lanes and nothing is
-// added across lanes; b is interleaved for that, panel by panel: [words][columns of the panel]. a is
-// interleaved too, [words][rows of the tile], and its words are broadcast.
+// added across lanes; b is interleaved for that, panel by panel: [words][columns of the panel]. a
+// is interleaved too, [words][rows of the tile], and its words are broadcast.
 //
 // Registers: kTileRows x kPanelVecs sums. avx512_bf16: 6 x 4 sums, 4 vectors of b, one broadcast of
 // 32. Below that level the sums are bytes, and the table look-up wants three or four registers for
@@ -12,8 +12,9 @@
 // written by whole bytes; aarch64 has 32 and vectors of two columns, 4 x 4.
 //
 // Bound: instructions. Per vector one AND, one VPOPCNTQ and one add: with 512-bit vectors on Zen 4
-// (four 256-bit pipes) 6 half-instructions, 1.5 cycles for 512 bits, 341 bits a cycle and core. Loads
-// are 1 broadcast per 4 and 1 vector per 6 of these. With VPSHUFB it is 8 instructions per vector.
+// (four 256-bit pipes) 6 half-instructions, 1.5 cycles for 512 bits, 341 bits a cycle and core.
+// Loads are 1 broadcast per 4 and 1 vector per 6 of these. With VPSHUFB it is 8 instructions per
+// vector.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +44,8 @@ static_assert(kPanel % 8 == 0 && kPanel % kLanes == 0);
 // from the store of.
 template <int... kLane>
 FASTBB_INLINE VecI low_halves(VecW a, VecW b, std::integer_sequence<int, kLane...>) {
-  return bit_cast<VecI>(shuffle(bit_cast<VecF>(a), bit_cast<VecF>(b),
-                                std::integer_sequence<int, (2 * kLane)...>{}));
+  return bit_cast<VecI>(
+      shuffle(bit_cast<VecF>(a), bit_cast<VecF>(b), std::integer_sequence<int, (2 * kLane)...>{}));
 }
 
 // Sums over at most kCountSteps words.

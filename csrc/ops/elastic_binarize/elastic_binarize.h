@@ -5,6 +5,9 @@
 // Planes of a row: those of its kind (core/bits.h) and, for kClip and kClipOpen of a signed kind,
 // one more that tells where the gradient passes. Unsigned kinds and kBiReal need x itself in the
 // backward pass.
+//
+// Gradients are products, factor * grad and phi * grad, even where a factor is 0: a grad of
+// infinity or NaN becomes NaN and is not lost. kUnsigned has one gradient, whatever ste is.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +34,8 @@ struct ElasticBinarizeParams {
   int64_t x_row;       // elements
   const float* shift;  // [k] or null
   const float* alpha;  // one, or null: 1. Raised to kLeastAlpha
-  uint8_t* planes;     // [rows, elastic_planes, bit_row_bytes(k)]; forward: or null
+  uint8_t* planes;     // [rows, elastic_planes, bit_row_bytes(k)]; forward: or null. Unread where
+                       // the backward pass needs_x
   void* out;           // forward: alpha * value [rows, k], contiguous, or null
   int64_t rows, k;
 
@@ -39,8 +43,8 @@ struct ElasticBinarizeParams {
   const void* grad;  // [rows, k], columns contiguous
   int64_t grad_row;
   void* dx;               // [rows, k], contiguous
-  float* partial_shift;   // [tasks, k], sums of dx over the rows of a task, or null
-  double* partial_alpha;  // [tasks], or null
+  float* partial_shift;   // [tasks, k], sums of dx before rounding over a task's rows, or null
+  double* partial_alpha;  // [tasks], sums of phi * grad, or null
   float* dshift;          // [k], sums of partial_shift in the order of tasks
 };
 

@@ -2,8 +2,9 @@
 """Linear layers of BERT-base and MiniLM: fastbb's binary one against float32, bfloat16, int8 and
 binarized layers that are simulated in float32.
 
-Outputs are compared first, then all candidates of a layer are timed in turns. Everything starts from
-float activations: binarizing (fastbb, simulation) and quantizing (int8) them is part of the time.
+Outputs are compared first, then all candidates of a layer are timed in turns. Everything starts
+from float activations: binarizing (fastbb, simulation) and quantizing (int8) them is part of the
+time.
 """
 
 from __future__ import annotations
@@ -123,7 +124,10 @@ def verify(shape: LinearShape, calls: Mapping[str, Callable[[], Tensor]]) -> flo
 
 
 def run(
-    rows: Sequence[int], progress: Progress, rounds: int = 25, shapes: Sequence[LinearShape] = SHAPES
+    rows: Sequence[int],
+    progress: Progress,
+    rounds: int = 25,
+    shapes: Sequence[LinearShape] = SHAPES,
 ) -> dict[str, Any]:
     """Measures every shape at every number of rows; what `table` shows."""
     results = []

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbb.nn.conv import conv
-from fastbb.ops import window_attention
 from fastbb.ops._checks import fail, pair
+from fastbb.ops.window_attention import window_attention
 
 PadMode = Literal["pad_then_roll", "roll_then_pad"]
 SWIN_MASK_VALUE = -100.0

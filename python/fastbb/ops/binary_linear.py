@@ -59,8 +59,8 @@ def bgemm(
     in this kernel, with `impl="fused"`).
     """
     _check_inner(GEMM, k)
-    _check_choice(GEMM, "a_kind", a_kind, VALUES)
-    _check_choice(GEMM, "b_kind", b_kind, VALUES[:2])
+    check_choice(GEMM, "a_kind", a_kind, VALUES)
+    check_choice(GEMM, "b_kind", b_kind, VALUES[:2])
     check_bits(GEMM, "a", a, k, planes=2 if a_kind == "ternary" else 1, trailing=1)
     check_bits(GEMM, "b", b, k, planes=1, trailing=1)
     lead = a.shape[: -3 if a_kind == "ternary" else -2]
@@ -90,7 +90,7 @@ def binary_linear(
     out_shift: Tensor | None = None,
     impl: Literal["auto", "fused", "reference"] = "auto",
 ) -> Tensor:
-    """activation(alpha * scale[n] * (values(x) . weight[n]) + bias[n]), by AND and population count.
+    """activation(alpha * scale[n] * (values(x) . weight[n]) + bias[n]), by AND and bit counts.
 
     x is binarized, multiplied and finished in one call; float inputs exist as bits only in
     between. With `out_kind` the result is bits as well: a feed-forward block goes from bits to
@@ -185,19 +185,20 @@ def _check_inner(op: str, k: Any) -> None:
         fail(op, "k", f"must be 0 to {MAX_INNER}", k)
 
 
-def _check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         fail(op, name, f"must be one of {choices}", repr(value))
 
 
-def _check_side(op: str, name: str, value: Any, x: Tensor, sizes: tuple[int, ...]) -> None:
+def check_side(op: str, name: str, value: Any, x: Tensor, sizes: tuple[int, ...]) -> None:
     if value is None:
         return
     check_tensor(op, name, value, _SIDE_DTYPES)
     if value.device != x.device:
         fail(op, name, f"must be on x's device {x.device}", value.device)
     if value.dim() > 1 or value.numel() not in sizes:
-        fail(op, name, f"must have one of {list(sizes)} elements in one dimension", list(value.shape))
+        rule = f"must have one of {list(sizes)} elements in one dimension"
+        fail(op, name, rule, list(value.shape))
 
 
 def _check_linear(
@@ -212,8 +213,8 @@ def _check_linear(
     activation: Any,
 ) -> None:
     _check_inner(LINEAR, k)
-    _check_choice(LINEAR, "kind", kind, KINDS)
-    _check_choice(LINEAR, "activation", activation, ACTIVATIONS)
+    check_choice(LINEAR, "kind", kind, KINDS)
+    check_choice(LINEAR, "activation", activation, ACTIVATIONS)
     check_tensor(LINEAR, "x", x, (*_SIDE_DTYPES, torch.uint8))
     if x.dtype == torch.uint8:
         check_bits(LINEAR, "x", x, k, planes=2 if kind == "ternary" else 1, trailing=0)
@@ -229,10 +230,10 @@ def _check_linear(
     n = weight_bits.shape[0]
     if weight_scale is None:
         fail(LINEAR, "weight_scale", "must be a torch.Tensor", "None", TypeError)
-    _check_side(LINEAR, "weight_scale", weight_scale, x, (1, n))
-    _check_side(LINEAR, "bias", bias, x, (n,))
-    _check_side(LINEAR, "alpha", alpha, x, (1,))
-    _check_side(LINEAR, "shift", shift, x, (k,))
+    check_side(LINEAR, "weight_scale", weight_scale, x, (1, n))
+    check_side(LINEAR, "bias", bias, x, (n,))
+    check_side(LINEAR, "alpha", alpha, x, (1,))
+    check_side(LINEAR, "shift", shift, x, (k,))
     if kind == "unsigned" and alpha is None:
         fail(LINEAR, "alpha", "must be given for unsigned bits", None)
 
@@ -242,9 +243,9 @@ def _check_out(n: int, x: Tensor, out_kind: Any, out_alpha: Any, out_shift: Any)
         if out_alpha is not None or out_shift is not None:
             fail(LINEAR, "out_alpha and out_shift", "need out_kind", None)
         return
-    _check_choice(LINEAR, "out_kind", out_kind, KINDS)
-    _check_side(LINEAR, "out_alpha", out_alpha, x, (1,))
-    _check_side(LINEAR, "out_shift", out_shift, x, (n,))
+    check_choice(LINEAR, "out_kind", out_kind, KINDS)
+    check_side(LINEAR, "out_alpha", out_alpha, x, (1,))
+    check_side(LINEAR, "out_shift", out_shift, x, (n,))
     if out_kind == "unsigned" and out_alpha is None:
         fail(LINEAR, "out_alpha", "must be given for unsigned bits", None)
 

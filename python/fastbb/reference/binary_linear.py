@@ -62,7 +62,8 @@ def binary_linear(
     dot = bgemm(rows, weight_bits, k, value_kind(kind)).float()
     factor = weight_scale if alpha is None else weight_scale * floored(alpha.float())
     y = dot * factor.flatten()
-    y = activate(y if bias is None else y + bias.float(), activation).reshape(*lead, weight_bits.shape[0])
+    y = activate(y if bias is None else y + bias.float(), activation)
+    y = y.reshape(*lead, weight_bits.shape[0])
     return y.to(out_dtype) if out_kind is None else pack(y, out_kind, out_alpha, out_shift)
 
 

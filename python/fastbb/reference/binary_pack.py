@@ -28,7 +28,7 @@ def pack_bool(x: Tensor) -> Tensor:
     k = x.shape[-1]
     padded = F.pad(x.to(torch.uint8), (0, 8 * bit_row_bytes(k) - k))
     weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=x.device)
-    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return (padded.unflatten(-1, (bit_row_bytes(k), 8)) * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bool(bits: Tensor, k: int) -> Tensor:

@@ -17,6 +17,8 @@ class _Elastic(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, kind: str, ste: str) -> Tensor:
+        # The floor is not differentiated: an alpha below it must be able to come back.
+        alpha = floored(alpha)
         ctx.save_for_backward(x, alpha)
         ctx.settings = (kind, ste)
         return _value(x, alpha, kind) * alpha
@@ -80,9 +82,7 @@ def elastic_binarize(
     if shift is not None:
         wide = wide + shift.to(wide.dtype)
     size = torch.ones(1, dtype=wide.dtype, device=x.device) if alpha is None else alpha
-    # The floor is not differentiated: an alpha below it must be able to come back.
-    floor = floored(size.detach().to(wide.dtype)) - size.detach().to(wide.dtype)
-    return _Elastic.apply(wide, size.to(wide.dtype) + floor, kind, ste).to(x.dtype)
+    return _Elastic.apply(wide, size.to(wide.dtype), kind, ste).to(x.dtype)
 
 
 class _Weight(torch.autograd.Function):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbb.ops import window_attention
+from fastbb import reference
+from fastbb.ops import binary_attention, elastic_binarize, window_attention
 from fastbb.testing import (
     SAMPLES,
     Bounds,
@@ -22,6 +23,8 @@ from fastbb.testing import (
     assert_close,
     assert_grads_close,
 )
+from fastbb.testing import binary_attention as binary_attention_samples
+from fastbb.testing import elastic_binarize as _elastic
 from fastbb.testing.sample import leaves, random_like
 from fastbb.testing.window_attention import in_float64, raw_args
 
@@ -131,6 +134,47 @@ def _exact_null(sample: Sample) -> Outputs:
     return {"out": sample.args[0].double()}
 
 
+def _exact_gemm(sample: Sample) -> Outputs:
+    return {"out": reference.bgemm(*sample.args).double()}
+
+
+def _exact_linear(sample: Sample) -> Outputs:
+    """Bits from float32 as the operator's own are; floats that are rounded no further."""
+    kwargs = {**sample.kwargs, "out_dtype": torch.float64}
+    return {"out": reference.binary_linear(**kwargs).double()}
+
+
+def _exact_pack(sample: Sample) -> Outputs:
+    x, shift, alpha, kind = sample.args
+    if alpha is None:
+        return {"out": reference.pack_sign(x, shift, kind)}
+    return {"out": reference.pack_unsigned(x, alpha, shift)}
+
+
+def _exact_weight(sample: Sample) -> Outputs:
+    return dict(zip(("bits", "scale"), reference.pack_weight(*sample.args), strict=True))
+
+
+def _exact_unpack(sample: Sample) -> Outputs:
+    return {"out": reference.unpack_bits(*sample.args)}
+
+
+def _exact_embedding(sample: Sample) -> Outputs:
+    ids, bits, scale, *rest = sample.args
+    return {"out": reference.binary_embedding(ids, bits, scale.float(), *rest)}
+
+
+def _exact_binary_attention(sample: Sample) -> Outputs:
+    """The result by the reference in float64; planes of q, k and v from the CPU kernel. Those of
+    the probabilities may differ at ties, which the result would show.
+    """
+    kwargs = binary_attention_samples.in_float64(sample.kwargs)
+    _, _, *planes = torch.ops.fastbb.binary_attention.default(*sample.args)
+    names = ("q_planes", "k_planes", "v_planes")
+    exact = dict(zip(names, planes[:3], strict=True))
+    return {"out": binary_attention(**kwargs, impl="reference"), **exact}
+
+
 def _exact_attention(sample: Sample) -> Outputs:
     """The result by the reference in float64. The reference has no log-sum-exp: that one comes from
     the CPU kernel in float32, at the level in force.
@@ -143,12 +187,33 @@ def _exact_attention(sample: Sample) -> Outputs:
 
 def _exact_gradients(sample: Sample) -> Outputs:
     kwargs = in_float64(sample.kwargs)
-    result = window_attention(**kwargs, impl="reference")
+    return _gradients(window_attention(**kwargs, impl="reference"), sample, leaves(kwargs))
+
+
+def _gradients(result: Tensor, sample: Sample, wanted: dict[str, Tensor]) -> Outputs:
     # Rounded as the operator's own gradient is.
     grad_out = random_like(result.to(sample.args[0].dtype), _GRAD_SEED).double()
-    wanted = leaves(kwargs)
     grads = torch.autograd.grad(result, list(wanted.values()), grad_out)
     return dict(zip(wanted, grads, strict=True))
+
+
+def _exact_elastic(sample: Sample) -> Outputs:
+    kwargs = _elastic.in_float64(sample.kwargs)
+    planes = _elastic.exact_planes(kwargs) if sample.args[-1] else torch.empty(0)
+    return {"out": elastic_binarize(**kwargs, impl="reference"), "planes": planes.double()}
+
+
+def _exact_planes(sample: Sample) -> Outputs:
+    return {"out": _elastic.exact_planes(_elastic.in_float64(sample.kwargs)).double()}
+
+
+def _exact_elastic_gradients(sample: Sample) -> Outputs:
+    kwargs = _elastic.in_float64(sample.kwargs)
+    return _gradients(elastic_binarize(**kwargs, impl="reference"), sample, leaves(kwargs))
+
+
+def _elastic_with_gradients(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    return SAMPLES["fastbb::elastic_binarize"](device, dtype, requires_grad=True)
 
 
 def _with_gradients(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -156,7 +221,55 @@ def _with_gradients(device: str | torch.device, dtype: torch.dtype) -> Iterator[
 
 
 CHECKS: dict[str, Check] = {
+    "bgemm": Check("bgemm", ("bgemm",), SAMPLES["fastbb::bgemm"], _exact_gemm),
+    "binary_attention": Check(
+        "binary_attention",
+        ("binary_attention",),
+        SAMPLES["fastbb::binary_attention"],
+        _exact_binary_attention,
+        names=("out", "lse", "q_planes", "k_planes", "v_planes", "p_planes"),
+    ),
+    "binary_embedding": Check(
+        "binary_embedding",
+        ("binary_embedding",),
+        SAMPLES["fastbb::binary_embedding"],
+        _exact_embedding,
+    ),
+    "binary_linear": Check(
+        "binary_linear", ("binary_linear",), SAMPLES["fastbb::binary_linear"], _exact_linear
+    ),
+    "elastic_binarize": Check(
+        "elastic_binarize",
+        ("elastic_binarize",),
+        SAMPLES["fastbb::elastic_binarize"],
+        _exact_elastic,
+        names=("out", "planes"),
+    ),
+    "elastic_binarize_backward": Check(
+        "elastic_binarize",
+        ("elastic_binarize", "elastic_binarize_backward"),
+        _elastic_with_gradients,
+        _exact_elastic_gradients,
+        gradients=True,
+    ),
+    "elastic_planes": Check(
+        "elastic_planes",
+        ("elastic_planes",),
+        SAMPLES["fastbb::elastic_planes"],
+        _exact_planes,
+    ),
     "null": Check("null", ("null",), SAMPLES["fastbb::null"], _exact_null),
+    "pack_bits": Check("pack_bits", ("pack_bits",), SAMPLES["fastbb::pack_bits"], _exact_pack),
+    "pack_weight": Check(
+        "pack_weight",
+        ("pack_weight",),
+        SAMPLES["fastbb::pack_weight"],
+        _exact_weight,
+        names=("bits", "scale"),
+    ),
+    "unpack_bits": Check(
+        "unpack_bits", ("unpack_bits",), SAMPLES["fastbb::unpack_bits"], _exact_unpack
+    ),
     "window_attention": Check(
         "window_attention",
         ("window_attention",),

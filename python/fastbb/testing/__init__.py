@@ -18,7 +18,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastbb import config
-from fastbb.testing import binary_linear, null, window_attention
+from fastbb.testing import (
+    binary_attention,
+    binary_linear,
+    binary_pack,
+    elastic_binarize,
+    null,
+    window_attention,
+)
 from fastbb.testing.compare import (
     Bounds,
     OutOfBounds,
@@ -48,16 +55,32 @@ __all__ = [
 
 SAMPLES: dict[str, Callable[..., Iterator[Sample]]] = {
     "fastbb::bgemm": binary_linear.gemm_samples,
+    "fastbb::binary_attention": binary_attention.samples,
+    "fastbb::binary_embedding": binary_pack.embedding_samples,
     "fastbb::binary_linear": binary_linear.samples,
+    "fastbb::elastic_binarize": elastic_binarize.samples,
+    "fastbb::elastic_binarize_backward": elastic_binarize.backward_samples,
+    "fastbb::elastic_planes": elastic_binarize.planes_samples,
     "fastbb::null": null.samples,
+    "fastbb::pack_bits": binary_pack.pack_samples,
+    "fastbb::pack_weight": binary_pack.weight_samples,
+    "fastbb::unpack_bits": binary_pack.unpack_samples,
     "fastbb::window_attention": window_attention.samples,
     "fastbb::window_attention_backward": window_attention.backward_samples,
 }
 
 TOLERANCES: dict[str, dict[torch.dtype, Tolerance]] = {
     "fastbb::bgemm": binary_linear.GEMM_TOLERANCES,
+    "fastbb::binary_attention": binary_attention.TOLERANCES,
+    "fastbb::binary_embedding": binary_pack.TOLERANCES,
     "fastbb::binary_linear": binary_linear.TOLERANCES,
+    "fastbb::elastic_binarize": elastic_binarize.TOLERANCES,
+    "fastbb::elastic_binarize_backward": elastic_binarize.TOLERANCES,
+    "fastbb::elastic_planes": elastic_binarize.TOLERANCES,
     "fastbb::null": null.TOLERANCES,
+    "fastbb::pack_bits": binary_pack.TOLERANCES,
+    "fastbb::pack_weight": binary_pack.WEIGHT_TOLERANCES,
+    "fastbb::unpack_bits": binary_pack.TOLERANCES,
     "fastbb::window_attention": window_attention.TOLERANCES,
     "fastbb::window_attention_backward": window_attention.TOLERANCES,
 }

@@ -10,7 +10,14 @@ from __future__ import annotations
 
 import torch
 
-from fastbb.testing import null, window_attention
+from fastbb.testing import (
+    binary_attention,
+    binary_linear,
+    binary_pack,
+    elastic_binarize,
+    null,
+    window_attention,
+)
 from fastbb.testing.compare import Bounds, Tolerance
 
 KINDS: dict[str, torch.dtype] = {
@@ -34,8 +41,24 @@ _WINDOW_ATTENTION = {
     "bf16": Tolerance(Bounds(8e-3, 8e-3, 8e-3), Bounds(1.2e-2, 1.2e-2, 6e-3), *_FLOAT32),
 }
 
+
+def _as_on_the_cpu(tolerances: dict[torch.dtype, Tolerance]) -> dict[str, Tolerance]:
+    """Bits and integers are exact everywhere; what follows them is float32 and rounded once."""
+    return {kind: tolerances[dtype] for kind, dtype in KINDS.items()}
+
+
 CUDA_TOLERANCES: dict[str, dict[str, Tolerance]] = {
-    "fastbb::null": {kind: null.TOLERANCES[dtype] for kind, dtype in KINDS.items()},
+    "fastbb::bgemm": _as_on_the_cpu(binary_linear.GEMM_TOLERANCES),
+    "fastbb::binary_attention": _as_on_the_cpu(binary_attention.TOLERANCES),
+    "fastbb::binary_embedding": _as_on_the_cpu(binary_pack.TOLERANCES),
+    "fastbb::binary_linear": _as_on_the_cpu(binary_linear.TOLERANCES),
+    "fastbb::elastic_binarize": _as_on_the_cpu(elastic_binarize.TOLERANCES),
+    "fastbb::elastic_binarize_backward": _as_on_the_cpu(elastic_binarize.TOLERANCES),
+    "fastbb::elastic_planes": _as_on_the_cpu(elastic_binarize.TOLERANCES),
+    "fastbb::null": _as_on_the_cpu(null.TOLERANCES),
+    "fastbb::pack_bits": _as_on_the_cpu(binary_pack.TOLERANCES),
+    "fastbb::pack_weight": _as_on_the_cpu(binary_pack.WEIGHT_TOLERANCES),
+    "fastbb::unpack_bits": _as_on_the_cpu(binary_pack.TOLERANCES),
     "fastbb::window_attention": _WINDOW_ATTENTION,
     "fastbb::window_attention_backward": _WINDOW_ATTENTION,
 }

@@ -19,6 +19,7 @@
 
 #define threadIdx (simt::thread_index())
 #define blockIdx (simt::block_index())
+#define blockDim (simt::block_size())
 #define __syncthreads() simt::barrier(__LINE__)
 
 struct float2 {
@@ -48,6 +49,11 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
+
+inline int32_t __float_as_int(float x) { return static_cast<int32_t>(__float_as_uint(x)); }
+inline float __int_as_float(int32_t bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
+
+inline void __syncwarp(uint32_t mask = 0xffffffffu) { simt::warp_barrier(mask); }
 
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T x, int step) {

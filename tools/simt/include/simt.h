@@ -26,6 +26,7 @@ constexpr int kMaxShared = 228 * 1024;
 
 Index thread_index();
 Index block_index();
+Index block_size();
 
 // Prints what is wrong, with block, thread and line, and ends the process with status 3.
 [[noreturn]] void fail(const char* what);
@@ -36,6 +37,9 @@ void barrier(int line);
 // Meets the other lanes of the warp. The last one to come calls work(operands), where operands[i]
 // is what lane i gave; all return after that. `kind` tells instructions apart.
 void meet(int kind, void* operand, void (*work)(void* const* operands));
+
+// All lanes of the warp; orders their accesses.
+void warp_barrier(uint32_t mask);
 
 uint32_t exchange(uint32_t mask, uint32_t bits, int step);
 uint32_t take(uint32_t mask, uint32_t bits, int lane);

@@ -1,0 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/binary_attention/binary_attention_cuda_launch.cuh"
+
+template const char* fastbb::cuda::launch_binary_attention<__nv_bfloat16>(
+    const fastbb::BinaryAttentionParams&, const fastbb::BinaryAttentionCudaPlan&, void*);
