@@ -189,5 +189,7 @@ class Call:
 def launch_of(kernel: str) -> dict[str, int]:
     """The plan's launch of `binary_linear<rows, planes>`."""
     rows, planes = kernel.removeprefix("binary_linear<").removesuffix(">").split(", ")
-    p = Params(batch=1, m=int(rows), n=128, k=128, a_kind=KINDS["ternary" if planes == "2" else "plus"])
+    p = Params(
+        batch=1, m=int(rows), n=128, k=128, a_kind=KINDS["ternary" if planes == "2" else "plus"]
+    )
     return _C.binary_linear_cuda_plan(bytes(p), LARGE if rows == "128" else SMALL)["launch"]

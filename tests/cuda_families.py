@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import binary_linear_ptx
+import binary_pack_ptx
 import window_attention_ptx
 
 
@@ -35,6 +37,8 @@ def _window_attention(kind: str) -> Group:
 
 
 GROUPS = {
+    "binary_linear": Group((binary_linear_ptx.SOURCE,), binary_linear_ptx.launch_of, (100,)),
+    "binary_pack": Group((binary_pack_ptx.SOURCE,), binary_pack_ptx.launch_of),
     # bf16 and tf32 differ from these by a conversion.
     "window_attention f16": _window_attention("f16"),
     "window_attention f32": _window_attention("f32"),

@@ -142,7 +142,13 @@ def test_mutations_are_noticed(kernel: str, many_tiles: int) -> None:
 
 def test_plan_covers_the_result() -> None:
     """The C++ plan alone, at sizes that are too large to run."""
-    for batch, m, n in ((1, 4096, 3072), (12, 197, 64), (1, 1, 10**6), (1, 10**6, 1), (3, 129, 129)):
+    for batch, m, n in (
+        (1, 4096, 3072),
+        (12, 197, 64),
+        (1, 1, 10**6),
+        (1, 10**6, 1),
+        (3, 129, 129),
+    ):
         plan = _C.binary_linear_cuda_plan(bytes(Params(batch=batch, m=m, n=n, k=768)))
         tiles = -(-m // plan["rows"]) * -(-n // 128)
         assert plan["launch"]["grid"] == batch * tiles < 2**31
