@@ -173,7 +173,7 @@ const float* alpha_of(Call& call, const char* name, const OptionalTensor& alpha,
   return side(call, name, alpha, {1});
 }
 
-void launch_pack(const Call& call, const BinaryPackParams& p) {
+void launch_pack([[maybe_unused]] const Call& call, const BinaryPackParams& p) {
 #ifdef FASTBB_WITH_CUDA
   if (call.backend == Backend::kCuda) return launch_pack_cuda(call, p);
 #endif
