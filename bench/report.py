@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbb._console import markdown_table
+from fastbb.bench import binary_linear, binary_models
 from fastbb.bench.tables import format_results
 from fastbb.demo.tables import EXPLANATION, candidate_table, kind_table
 from results_file import FOLDER
@@ -21,10 +22,10 @@ INTRODUCTION = """\
 # Measured results
 
 Made by `python bench/report.py` from the JSON files of this folder, which
-`python bench/bench_window_attention.py` and `python bench/bench_models.py` write. All candidates of
-one table row (layers) or one table (models) ran in turns in one process; times are medians, and
-ratios are medians of the ratios of equal rounds. Ratios carry over to similar machines, absolute
-times do not.
+`python bench/bench_window_attention.py`, `bench_models.py`, `bench_binary_linear.py` and
+`bench_binary_models.py` write. All candidates of one table row (layers) or one table (models) ran
+in turns in one process; times are medians, and ratios are medians of the ratios of equal rounds.
+Ratios carry over to similar machines, absolute times do not.
 """
 
 LAYERS = """\
@@ -35,12 +36,37 @@ measured in the same run; operations of the matrix products and compulsory memor
 `MB`: what torch's allocator held at most during one call.
 """
 
+BINARY_LINEAR = """\
+Linear layers from float activations to float results, one call; binarizing or quantizing the
+activations is part of it, but for `int8 product`: the product of int8 matrices alone. `bf16` starts
+from bfloat16. `simulated`: sign of the input in float32, times a float32 weight of signs. `x NAME`:
+how many times faster fastbb is than NAME. `% limit`: of AND, count and add on registers alone,
+measured with the same instructions in the same run; `packed`: from inputs that are bits already.
+"""
+
+BINARY_MODELS = """\
+Encoders from token ids to the last hidden state. `latent weights`: the form that is trained.
+`x NAME`: how many times faster the packed form is than NAME. `x linear weights`: how many times
+smaller the weights of binary layers are than in float32; files hold everything.
+"""
+
+TRAINING = """\
+Kept for the backward pass of one training step, without parameters: the float encoder, the binary
+one by its definitions in plain PyTorch, and by fastbb's kernels.
+"""
+
 
 def report(path: Path) -> str:
     """Markdown of one machine's file."""
     results = json.loads(path.read_text())
     parts = []
-    for section, show in (("models", _models), ("window_attention", _layers)):
+    sections = {
+        "models": _models,
+        "window_attention": _layers,
+        "binary_models": _binary_models,
+        "binary_linear": _binary_linear,
+    }
+    for section, show in sections.items():
         if section in results:
             content = results[section]
             parts.append(f"{_machine(content)}\n\n{show(content)}")
@@ -71,6 +97,17 @@ def _models(content: dict[str, Any]) -> str:
 
 def _layers(content: dict[str, Any]) -> str:
     return f"### Attention layers\n\n{LAYERS}\n{format_results(content, markdown_table)}"
+
+
+def _binary_linear(content: dict[str, Any]) -> str:
+    table = markdown_table(*binary_linear.table(content))
+    return f"### Binary linear layers\n\n{BINARY_LINEAR}\n{table}"
+
+
+def _binary_models(content: dict[str, Any]) -> str:
+    encoders = markdown_table(*binary_models.table(content))
+    training = markdown_table(*binary_models.training_table(content))
+    return f"### Binary encoders\n\n{BINARY_MODELS}\n{encoders}\n\n{TRAINING}\n{training}"
 
 
 def main(argv: list[str] | None = None) -> int:

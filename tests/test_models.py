@@ -135,7 +135,7 @@ def test_parameter_counts(name: str) -> None:
 def test_keys_and_shapes_are_timms(name: str) -> None:
     timm = pytest.importorskip("timm")
     if not timm.is_model(name):
-        assert name.startswith("gcvit_")
+        assert name.startswith(("gcvit_", "binary_vit_", "bipft_", "bit_", "bibert_"))
         return
     with torch.device("meta"):
         theirs = timm.create_model(name, num_classes=1000).state_dict()

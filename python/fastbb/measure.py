@@ -194,8 +194,9 @@ def _peak_of_events(events: Iterator[tuple[int, int]]) -> int:
 
 
 def saved_bytes(fn: Callable[[], object], module: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass of `fn`, beyond the state of `module`. Views of
-    one storage count once.
+    """Bytes that autograd keeps for the backward pass of `fn`, beyond the state of `module`.
+
+    Views of one storage count once.
     """
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}

@@ -217,7 +217,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbb, m) {
   m.def(
       "binary_attention(Tensor q, Tensor k, Tensor v, Tensor? alphas, Tensor? mask, "
       "Tensor? est_q, Tensor? est_k, Tensor? v_p, float scale, str probs, str ste, "
-      "float dropout_p, int seed, bool save) "
+      "float dropout_p, SymInt seed, bool save) "
       "-> (Tensor out, Tensor lse, Tensor q_planes, Tensor k_planes, Tensor v_planes, "
       "Tensor p_planes)");
 }

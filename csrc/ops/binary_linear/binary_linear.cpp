@@ -112,7 +112,7 @@ void launch(const Call& call) {
   if (call.backend == Backend::kCuda) return launch_cuda(call);
 #endif
   const BinaryLinearParams& p = call.params;
-  const BinaryLinearPlan plan = binary_linear_plan(p);
+  const BinaryLinearPlan plan = binary_linear_plan(p, torch::stable::get_num_threads());
   if (plan.tasks == 0) return;
   const BinaryLinearKernels& kernels = binary_linear_kernels();
   torch::stable::parallel_for(

@@ -52,7 +52,7 @@ struct BinaryLinearPlan {
   int64_t row_tiles, column_tiles;
   int64_t tasks;  // batch * row_tiles * column_tiles
 };
-FASTBB_EXPORT BinaryLinearPlan binary_linear_plan(const BinaryLinearParams& p);
+FASTBB_EXPORT BinaryLinearPlan binary_linear_plan(const BinaryLinearParams& p, int64_t threads);
 
 struct BinaryLinearKernels {
   void (*forward)(const BinaryLinearParams&, const BinaryLinearPlan&, int64_t begin, int64_t end);

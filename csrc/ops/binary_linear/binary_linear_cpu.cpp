@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU kernels of binary products, compiled once per instruction-set level.
 //
-// A task makes up to 192 x 128 results (binary_linear_plan.cpp): it interleaves its rows of a once,
-// then goes through its columns panel by panel: interleaves a panel of b (32 columns of 768 bits
-// are 3 KB), and runs the register tile of binary_linear_tile.h down the rows. What it works on
-// stays in the L1 and L2 caches. Interleaving is 1 / 192 and 1 / 128 of the inner loop's words.
+// A task makes the results of up to 192 rows and some columns (binary_linear_plan.cpp): it
+// interleaves its rows of a once, then goes through its columns panel by panel: interleaves a panel
+// of b (32 columns of 768 bits are 3 KB), and runs the register tile of binary_linear_tile.h down
+// the rows. What it works on stays in the L1 and L2 caches.
 //
 // A ternary tile of rows without a zero is a signed one: its second plane says nothing new, and one
 // pass is saved.

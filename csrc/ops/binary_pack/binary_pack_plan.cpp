@@ -17,8 +17,10 @@ extern const BinaryPackKernels binary_pack_avx512_bf16;
 // Some ten microseconds of reading or writing floats: worth another thread.
 BinaryPackPlan binary_pack_plan(int64_t rows, int64_t k) {
   constexpr int64_t kElements = 65536;
-  const int64_t rows_per_task = std::max<int64_t>(1, kElements / std::max<int64_t>(1, k));
-  return {rows_per_task, (rows + rows_per_task - 1) / rows_per_task};
+  const int64_t most = std::max<int64_t>(1, kElements / std::max<int64_t>(1, k));
+  const int64_t tasks = (rows + most - 1) / most;
+  // Evenly: 128 rows are two tasks of 64, not of 85 and 43.
+  return {tasks == 0 ? most : (rows + tasks - 1) / tasks, tasks};
 }
 
 const BinaryPackKernels& binary_pack_kernels() {

@@ -84,9 +84,10 @@ def pack_(model: nn.Module) -> PackReport:
     """Gives every binary module inside `model` its form for inference, in place.
 
     `BinaryLinear` and `BinaryEmbedding` lose their latent weights and keep a bit for each;
-    feed-forward networks go from bits to bits. Results are those of the model before. Save the
-    `state_dict` with safetensors or `torch.save`, and load it into a model that was built,
-    binarized and packed in the same way.
+    feed-forward networks go from bits to bits. Results are those of the model before, but for
+    rounding of what is binarized: of probabilities, and of GELU where it is 0 in float32 (below
+    -5.5), if no shift is added to it. Save the `state_dict` with safetensors or `torch.save`, and
+    load it into a model that was built, binarized and packed in the same way.
 
     All parameters that are left stop requiring gradients, since packed modules have no backward.
     A weight that another module shares (an output layer tied to the word embeddings) would have

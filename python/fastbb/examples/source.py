@@ -57,11 +57,16 @@ def load_task(dataset: str, max_length: int, cache: Path, progress: Progress) ->
 
 
 def _load_encoder(transformers: Any, folder: Path) -> Any:
-    transformers.utils.logging.disable_progress_bar()
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    # The pooler's weights are left out on purpose: it was trained for another task, and sentences
+    # are means of tokens. The library would report them.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        # Without the pooler, which was trained for another task; sentences are means of tokens.
         return transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, add_pooling_layer=False
         )
     finally:
-        transformers.utils.logging.enable_progress_bar()
+        logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)

@@ -56,8 +56,8 @@ def load_bipft_state_dict(
             `fastbb.binarize_`. A prefix such as `bert.` may be on either side.
         state_dict: name -> tensor, or a checkpoint that holds one under `state_dict` or `model`;
             prefixes `module.` are stripped.
-        strict: raise when a key is missing or unexpected. Otherwise they are reported alone; sizes
-            must fit in either case.
+        strict: raise when a key is missing or unexpected, e.g. the heads of pre-training
+            (`cls.*`). Otherwise they are reported alone; sizes must fit in either case.
 
     Raises: ValueError naming missing, unexpected and wrongly shaped tensors. The model is then
     unchanged.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,13 @@ from torch.nn import functional as F
 from fastbb.nn.binary_calibrate import set_alpha
 from fastbb.ops import binary_linear, binary_linear_train, pack_weight
 from fastbb.ops._checks import fail
-from fastbb.ops.elastic_binarize import KINDS, STES
+from fastbb.ops.elastic_binarize import KINDS, STES, Kind, Ste
+
+Center = Literal["none", "tensor", "row"]
+Scale = Literal["tensor", "row"]
+ZeroPolicy = Literal["plus", "minus"]
+WeightSte = Literal["identity", "clip"]
+Activation = Literal["none", "relu", "gelu"]
 
 UNIT = 128
 """Elements that a packed row is padded to a multiple of."""
@@ -61,12 +67,12 @@ class BinaryLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        kind: str = "ternary",
-        ste: str = "clip",
-        center: str = "tensor",
-        scale: str = "tensor",
-        zero_policy: str = "plus",
-        weight_ste: str = "identity",
+        kind: Kind = "ternary",
+        ste: Ste = "clip",
+        center: Center = "tensor",
+        scale: Scale = "tensor",
+        zero_policy: ZeroPolicy = "plus",
+        weight_ste: WeightSte = "identity",
         elastic: bool = True,
         shift: bool = True,
         device: Any = None,
@@ -82,12 +88,12 @@ class BinaryLinear(nn.Linear):
         check_choice(op, "weight_ste", weight_ste, ("identity", "clip"))
         if kind == "unsigned" and not elastic:
             fail(op, "elastic", "must be True for unsigned inputs", elastic)
-        self.kind = kind
-        self.ste = ste
-        self.center = center
-        self.scale = scale
-        self.zero_policy = zero_policy
-        self.weight_ste = weight_ste
+        self.kind: Kind = kind
+        self.ste: Ste = ste
+        self.center: Center = center
+        self.scale: Scale = scale
+        self.zero_policy: ZeroPolicy = zero_policy
+        self.weight_ste: WeightSte = weight_ste
         self._add_quantizer(elastic, shift)
 
     def _add_quantizer(self, elastic: bool, shift: bool) -> None:
@@ -261,8 +267,8 @@ class PackedBinaryLinear(PackedModule):
         out_features: int,
         bias: bool = True,
         *,
-        kind: str = "ternary",
-        scale: str = "tensor",
+        kind: Kind = "ternary",
+        scale: Scale = "tensor",
         elastic: bool = True,
         shift: bool = True,
         device: Any = None,
@@ -273,7 +279,7 @@ class PackedBinaryLinear(PackedModule):
         check_choice("PackedBinaryLinear", "scale", scale, ("tensor", "row"))
         self.in_features = in_features
         self.out_features = out_features
-        self.kind = kind
+        self.kind: Kind = kind
         self._add_bits(out_features, in_features, out_features if scale == "row" else 1, device)
         factory = {"device": device, "dtype": dtype}
         self.register_buffer("bias", torch.zeros(out_features, **factory) if bias else None)
@@ -284,7 +290,7 @@ class PackedBinaryLinear(PackedModule):
         self,
         input: Tensor,
         *,
-        activation: str = "none",
+        activation: Activation = "none",
         then: PackedBinaryLinear | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
@@ -308,7 +314,7 @@ class PackedBinaryLinear(PackedModule):
             self.bias,
             k=self.in_features,
             alpha=self.alpha,
-            shift=self.shift,
+            shift=None if input.dtype == torch.uint8 else self.shift,
             kind=self.kind,
             activation=activation,
             out_dtype=dtype,
@@ -326,7 +332,7 @@ class PackedBinaryLinear(PackedModule):
         )
 
 
-def feed_forward(x: Tensor, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
+def feed_forward(x: Tensor, up: nn.Module, down: nn.Module, activation: Activation) -> Tensor:
     """down(activation(up(x))); from bits to bits where both layers are packed."""
     if isinstance(up, PackedBinaryLinear) and isinstance(down, PackedBinaryLinear):
         return down(up(x, activation=activation, then=down), dtype=x.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbb.nn.binary_linear import PackedModule, check_choice, shape_tensor
+from fastbb.nn.binary_linear import Center, PackedModule, WeightSte, check_choice, shape_tensor
 from fastbb.ops import binary_embedding, pack_weight
 from fastbb.ops._checks import fail
 
@@ -32,16 +32,16 @@ class BinaryEmbedding(nn.Embedding):
         dim: int,
         padding_idx: int | None = None,
         *,
-        center: str = "tensor",
-        weight_ste: str = "identity",
+        center: Center = "tensor",
+        weight_ste: WeightSte = "identity",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_embeddings, dim, padding_idx, device=device, dtype=dtype)
         check_choice("BinaryEmbedding", "center", center, ("tensor", "row"))
         check_choice("BinaryEmbedding", "weight_ste", weight_ste, ("identity", "clip"))
-        self.center = center
-        self.weight_ste = weight_ste
+        self.center: Center = center
+        self.weight_ste: WeightSte = weight_ste
 
     @classmethod
     def from_float(cls, embedding: nn.Embedding, **settings: Any) -> BinaryEmbedding:

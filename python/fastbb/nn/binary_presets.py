@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from fastbb.ops._checks import fail
 
@@ -43,11 +43,11 @@ class Preset:
     """Of `BinaryLinear`, everywhere but in the down-projection of the feed-forward network."""
     ffn_down: Settings
     """Of `BinaryLinear` there, whose input is an activation's output."""
-    activation: str
+    activation: Literal["relu", "gelu"]
     """Between the linear layers of the feed-forward network: `"relu"` or `"gelu"`."""
-    probs: str
+    probs: Literal["softmax", "bool"]
     """Of `binary_attention`."""
-    attention_ste: str
+    attention_ste: Literal["clip", "clip_open", "identity"]
     elastic_attention: bool
     """Whether queries, keys, values and probabilities have learned scales."""
     estimator_rank: int

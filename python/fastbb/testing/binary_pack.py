@@ -93,8 +93,14 @@ def pack_samples(
 def weight_samples(
     device: str | torch.device, dtype: torch.dtype, requires_grad: bool = False, seed: int = 0
 ) -> Iterator[Sample]:
-    """Every mean, scale and zero policy, sizes in turns; views; special values."""
+    """Every mean, scale and zero policy, sizes in turns; views; special values, but for NaN, whose
+    scales would be NaN, which is not even itself.
+    """
     make = _random(device, dtype, seed)
+
+    def special(*shape: int) -> Tensor:
+        return spoil(make(*shape)).nan_to_num(0.0, math.inf, -math.inf)
+
     sizes = [name for name in SIZES if not name.startswith("no_")]
     for center in ("none", "tensor", "row"):
         for scale in ("tensor", "row"):
@@ -106,8 +112,8 @@ def weight_samples(
     yield Sample("sliced", (make(9, 90)[1::2, 3:80], "tensor", "row", "plus"))
     yield Sample("transposed", (make(40, 6).t(), "row", "tensor", "minus"))
     yield Sample("no_rows", (make(0, 70), "row", "row", "plus"))
-    yield Sample("special", (spoil(make(6, 100)), "none", "tensor", "plus"))
-    yield Sample("special_rows", (spoil(make(40, 5)), "row", "row", "ternary"))
+    yield Sample("special", (special(6, 100), "none", "tensor", "plus"))
+    yield Sample("special_rows", (special(40, 5), "row", "row", "ternary"))
 
 
 def _bits(shape: tuple[int, ...], device: str | torch.device, seed: int) -> Tensor:
