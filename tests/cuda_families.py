@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import binary_attention_ptx
+import binary_linear_ptx
+import binary_pack_ptx
 import elastic_binarize_ptx
 import window_attention_ptx
 
@@ -43,6 +45,8 @@ GROUPS = {
     "binary_attention": Group(
         (binary_attention_ptx.SOURCES["f16"],), binary_attention_ptx.launch_of, emulated_bits=100
     ),
+    "binary_linear": Group((binary_linear_ptx.SOURCE,), binary_linear_ptx.launch_of, (100,)),
+    "binary_pack": Group((binary_pack_ptx.SOURCE,), binary_pack_ptx.launch_of),
     "elastic_binarize": Group((elastic_binarize_ptx.SOURCE,), elastic_binarize_ptx.launch_of),
     # bf16 and tf32 differ from these by a conversion.
     "window_attention f16": _window_attention("f16"),

@@ -43,6 +43,19 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kNewest) : "memory");
 }
 
+// Stores to global memory in one piece, from registers. The compiler splits assignments of such
+// structures where it has their members apart.
+
+__device__ __forceinline__ void store_global(void* to, uint2 x) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};\n" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
+}
+
+__device__ __forceinline__ void store_global(void* to, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
+               : "memory");
+}
+
 // 8 x 8 matrices of 16-bit elements from shared memory. Lane i gives the address of row i % 8 of
 // matrix i / 8, a multiple of 16. Register j of lane i gets elements 2 * (i % 4) and the next of
 // row i / 4 of matrix j; _trans takes the transposed matrix.

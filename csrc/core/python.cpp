@@ -139,9 +139,9 @@ py::dict binary_attention_cuda_plan(const std::string& params) {
   return result;
 }
 
-py::dict binary_linear_cuda_plan(const std::string& params) {
+py::dict binary_linear_cuda_plan(const std::string& params, int64_t many_tiles) {
   const auto plan = fastbb::binary_linear_cuda_plan(
-      params_of<fastbb::BinaryLinearParams>("binary_linear_cuda_plan", params));
+      params_of<fastbb::BinaryLinearParams>("binary_linear_cuda_plan", params), many_tiles);
   py::dict result;
   result["bytes"] = bytes_of(plan);
   result["launch"] = launch_of(plan.launch);
@@ -234,6 +234,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("binary_attention_cuda_plan", &binary_attention_cuda_plan, py::arg("params"),
         "How the CUDA kernel of binary_attention is launched; params: the C++ struct.");
   m.def("binary_linear_cuda_plan", &binary_linear_cuda_plan, py::arg("params"),
+        py::arg("many_tiles") = fastbb::kBinaryCudaManyTiles,
         "How the CUDA kernel of binary_linear is launched; params: the C++ struct.");
   m.def("binary_pack_cuda_plan", &binary_pack_cuda_plan, py::arg("rows"), py::arg("k"),
         "How the CUDA kernels of binary_pack are launched.");

@@ -123,10 +123,10 @@ def run(
     parts = [struct.pack(f"<{len(numbers)}q", *numbers), params]
     parts.append(struct.pack("<q", len(kept)))
     for each in kept:
-        # What was not written reads as NaN.
-        raw = arena.data[each.start : each.start + each.size].tobytes()
-        parts.append(struct.pack("<2q", each.address, each.size))
-        parts.append(b"\xff" * each.size if each.mode == "out" else raw)
+        part = slice(each.start, each.start + each.size)
+        raw = arena.data[part].copy()
+        raw[arena.state[part] & 1 == 0] = 0xFF  # what was not written reads as NaN
+        parts += [struct.pack("<2q", each.address, each.size), raw.tobytes()]
     with tempfile.TemporaryDirectory() as folder:
         case, results = Path(folder) / "case", Path(folder) / "results"
         case.write_bytes(b"".join(parts))
@@ -135,9 +135,9 @@ def run(
         )
         if done.returncode:
             raise HostError(f"exit status {done.returncode}: {done.stderr}")
-        raw = results.read_bytes()
+        written = results.read_bytes()
     for each in kept:
         if each.mode != "in":
-            arena.patch(each.address, raw[: each.size])
+            arena.patch(each.address, written[: each.size])
             arena.state[each.start : each.start + each.size] |= 1
-        raw = raw[each.size :]
+        written = written[each.size :]

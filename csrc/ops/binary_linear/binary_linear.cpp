@@ -6,7 +6,9 @@
 #include <limits>
 
 #include "core/torch_api.h"
+#include "ops/binary_linear/binary_linear_cuda.h"
 #include "ops/binary_pack/binary_pack.h"
+#include "ops/binary_pack/binary_pack_cuda.h"
 
 namespace fastbb {
 namespace {
@@ -63,6 +65,7 @@ void check_inner(const char* op, int64_t k) {
 }
 
 // Packed rows [..., planes, bytes], contiguous, of `trailing` dimensions that are not of the batch.
+// Kernels of CUDA copy 16 bytes at a time: views that start in between are copied.
 Tensor check_bits(const Call& call, const char* name, const Tensor& bits, BitKind kind,
                   int64_t trailing, int64_t k) {
   check_device(call, name, bits);
@@ -77,7 +80,9 @@ Tensor check_bits(const Call& call, const char* name, const Tensor& bits, BitKin
         "must have 16 bytes for every 128 of k begun in its last dimension", shape_of(bits));
   check(planes == 1 || bits.size(dims - 2) == 2, call.op, name,
         "must have two planes in its last dimension but one", shape_of(bits));
-  return bits.is_contiguous() ? bits : torch::stable::contiguous(bits);
+  if (!bits.is_contiguous()) return torch::stable::contiguous(bits);
+  const bool aligned = reinterpret_cast<uintptr_t>(bits.const_data_ptr()) % 16 == 0;
+  return aligned || call.backend == Backend::kCpu ? bits : torch::stable::clone(bits);
 }
 
 int64_t product(const std::vector<int64_t>& sizes) {
@@ -86,7 +91,26 @@ int64_t product(const std::vector<int64_t>& sizes) {
   return result;
 }
 
+#ifdef FASTBB_WITH_CUDA
+void launch_cuda(const Call& call) {
+  const BinaryLinearCudaPlan plan = binary_linear_cuda_plan(call.params);
+  if (plan.launch.grid == 0) return;
+  launch_on_device_of(call.op, call.like,
+                      [&](void* stream) { return binary_linear_cuda(call.params, plan, stream); });
+}
+
+void launch_pack_cuda(const Call& call, const BinaryPackParams& p) {
+  const BinaryPackCudaPlan plan = binary_pack_cuda_plan(p.rows, p.k);
+  if (plan.launch.grid == 0) return;
+  launch_on_device_of(call.op, call.like,
+                      [&](void* stream) { return binary_pack_cuda(p, plan, stream); });
+}
+#endif
+
 void launch(const Call& call) {
+#ifdef FASTBB_WITH_CUDA
+  if (call.backend == Backend::kCuda) return launch_cuda(call);
+#endif
   const BinaryLinearParams& p = call.params;
   const BinaryLinearPlan plan = binary_linear_plan(p, torch::stable::get_num_threads());
   if (plan.tasks == 0) return;
@@ -149,6 +173,16 @@ const float* alpha_of(Call& call, const char* name, const OptionalTensor& alpha,
   return side(call, name, alpha, {1});
 }
 
+void launch_pack([[maybe_unused]] const Call& call, const BinaryPackParams& p) {
+#ifdef FASTBB_WITH_CUDA
+  if (call.backend == Backend::kCuda) return launch_pack_cuda(call, p);
+#endif
+  const BinaryPackPlan plan = binary_pack_plan(p.rows, p.k);
+  const BinaryPackKernels& kernels = binary_pack_kernels();
+  torch::stable::parallel_for(
+      0, plan.tasks, 1, [&](int64_t begin, int64_t end) { kernels.pack(p, plan, begin, end); });
+}
+
 // Bits of the rows of x [rows, k], by the kernels of packing.
 Tensor pack_rows(Call& call, const Tensor& x, BitKind kind, const float* shift,
                  const float* alpha) {
@@ -167,10 +201,7 @@ Tensor pack_rows(Call& call, const Tensor& x, BitKind kind, const float* shift,
   p.bits = static_cast<uint8_t*>(bits.mutable_data_ptr());
   p.rows = x.size(0);
   p.k = k;
-  const BinaryPackPlan plan = binary_pack_plan(p.rows, k);
-  const BinaryPackKernels& kernels = binary_pack_kernels();
-  torch::stable::parallel_for(
-      0, plan.tasks, 1, [&](int64_t begin, int64_t end) { kernels.pack(p, plan, begin, end); });
+  launch_pack(call, p);
   return bits;
 }
 
@@ -257,18 +288,21 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale,
   return out;
 }
 
-Tensor bgemm_cpu(const Tensor& a, const Tensor& b, int64_t k, const std::string& a_kind,
-                 const std::string& b_kind) {
-  return bgemm(a, b, k, a_kind, b_kind, Backend::kCpu);
+// What the dispatcher calls, for either device.
+template <Backend kBackend>
+Tensor bgemm_on(const Tensor& a, const Tensor& b, int64_t k, const std::string& a_kind,
+                const std::string& b_kind) {
+  return bgemm(a, b, k, a_kind, b_kind, kBackend);
 }
 
-Tensor linear_cpu(const Tensor& x, const Tensor& weight_bits, const Tensor& weight_scale,
-                  const OptionalTensor& bias, int64_t k, const OptionalTensor& alpha,
-                  const OptionalTensor& shift, const std::string& kind,
-                  const std::string& activation, ScalarType out_dtype, const std::string& out_kind,
-                  const OptionalTensor& out_alpha, const OptionalTensor& out_shift) {
+template <Backend kBackend>
+Tensor linear_on(const Tensor& x, const Tensor& weight_bits, const Tensor& weight_scale,
+                 const OptionalTensor& bias, int64_t k, const OptionalTensor& alpha,
+                 const OptionalTensor& shift, const std::string& kind,
+                 const std::string& activation, ScalarType out_dtype, const std::string& out_kind,
+                 const OptionalTensor& out_alpha, const OptionalTensor& out_shift) {
   return linear(x, weight_bits, weight_scale, bias, k, alpha, shift, kind, activation, out_dtype,
-                out_kind, out_alpha, out_shift, Backend::kCpu);
+                out_kind, out_alpha, out_shift, kBackend);
 }
 
 }  // namespace
@@ -283,6 +317,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbb, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbb, CPU, m) {
-  m.impl("bgemm", TORCH_BOX(&fastbb::bgemm_cpu));
-  m.impl("binary_linear", TORCH_BOX(&fastbb::linear_cpu));
+  m.impl("bgemm", TORCH_BOX(&fastbb::bgemm_on<fastbb::Backend::kCpu>));
+  m.impl("binary_linear", TORCH_BOX(&fastbb::linear_on<fastbb::Backend::kCpu>));
 }
+
+#ifdef FASTBB_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastbb, CUDA, m) {
+  m.impl("bgemm", TORCH_BOX(&fastbb::bgemm_on<fastbb::Backend::kCuda>));
+  m.impl("binary_linear", TORCH_BOX(&fastbb::linear_on<fastbb::Backend::kCuda>));
+}
+#endif

@@ -38,7 +38,12 @@ struct BinaryLinearCudaPlan {
   bool aligned;  // four columns of the result are one word, and rows are whole ones
 };
 
-FASTBB_EXPORT BinaryLinearCudaPlan binary_linear_cuda_plan(const BinaryLinearParams& p);
+// Large tiles read less, small ones make more blocks: the former from where they give each
+// multiprocessor of the larger devices about two.
+constexpr int64_t kBinaryCudaManyTiles = 256;
+
+FASTBB_EXPORT BinaryLinearCudaPlan
+binary_linear_cuda_plan(const BinaryLinearParams& p, int64_t many_tiles = kBinaryCudaManyTiles);
 
 // The error's text, or nullptr. Built where FASTBB_WITH_CUDA is defined.
 FASTBB_EXPORT const char* binary_linear_cuda(const BinaryLinearParams& p,

@@ -46,20 +46,26 @@ __device__ __forceinline__ float activate(float y, Activation activation) {
   return y;
 }
 
+// A group of 32-bit or 16-bit elements without its first one.
+__device__ __forceinline__ uint4 without_first(uint4 group) {
+  return {group.y, group.z, group.w, 0};
+}
+__device__ __forceinline__ uint2 without_first(uint2 group) {
+  return {group.x >> 16 | group.y << 16, group.y >> 16};
+}
+
 // Four neighbours of a row, of which `count` exist.
-template <class Word, class Wide>
-__device__ __forceinline__ void store_group(Word* to, const Wide& group, bool aligned,
-                                            int64_t count) {
-  static_assert(sizeof(Wide) == 4 * sizeof(Word));
+template <class Element, class Group>
+__device__ __forceinline__ void store_group(Element* to, Group group, bool aligned, int64_t count) {
+  static_assert(sizeof(Group) == kGroup * sizeof(Element));
   if (aligned) {
-    if (count > 0) *reinterpret_cast<Wide*>(to) = group;
+    if (count > 0) ptx::store_global(to, group);
     return;
   }
-  const auto* words = reinterpret_cast<const uint32_t*>(&group);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int bit = i * 8 * static_cast<int>(sizeof(Word));
-    if (i < count) to[i] = static_cast<Word>(words[bit / 32] >> bit % 32);
+#pragma unroll 1
+  for (int i = 0; i < kGroup && i < count; ++i) {
+    to[i] = static_cast<Element>(group.x);
+    group = without_first(group);
   }
 }
 
@@ -73,8 +79,9 @@ __device__ __forceinline__ void write_floats(const BinaryLinearParams& p, bool a
                                              int64_t start, int64_t count,
                                              const float (&y)[kGroup]) {
   if (p.out_dtype == Dtype::kFloat32) {
-    store_group(static_cast<uint32_t*>(p.out) + start, float4{y[0], y[1], y[2], y[3]}, aligned,
-                count);
+    const uint4 group{__float_as_uint(y[0]), __float_as_uint(y[1]), __float_as_uint(y[2]),
+                      __float_as_uint(y[3])};
+    store_group(static_cast<uint32_t*>(p.out) + start, group, aligned, count);
     return;
   }
   const bool half = p.out_dtype == Dtype::kFloat16;
@@ -85,13 +92,13 @@ __device__ __forceinline__ void write_floats(const BinaryLinearParams& p, bool a
 
 // alpha * scale * dot + bias and its activation.
 __device__ __forceinline__ void finish(const BinaryLinearParams& p, const Place& place, float alpha,
-                                       const int32_t (&dots)[kGroup], float (&y)[kGroup]) {
+                                       const uint32_t (&dots)[kGroup], float (&y)[kGroup]) {
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
     const int64_t column = i < place.count ? place.column + i : 0;
     const float scale = p.scale == nullptr ? 1.0f : p.scale[column * p.scale_column];
     // In the order and with the roundings of the definition: bits of the result depend on them.
-    y[i] = __fmul_rn(static_cast<float>(dots[i]), __fmul_rn(scale, alpha));
+    y[i] = __fmul_rn(static_cast<float>(static_cast<int32_t>(dots[i])), __fmul_rn(scale, alpha));
     if (p.bias != nullptr) y[i] = __fadd_rn(y[i], p.bias[column]);
     y[i] = activate(y[i], p.activation);
   }
@@ -128,7 +135,7 @@ __device__ __forceinline__ void write_bits(const BinaryLinearParams& p, const Ti
     if (of_batch >= p.m) continue;
     const int64_t at = (tile.batch * p.m + of_batch) * planes + plane;
     auto* to = static_cast<uint8_t*>(p.out) + at * row_bytes + tile.column_tile * int64_t{kUnit};
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(words[plane][row]);
+    ptx::store_global(to, *reinterpret_cast<const uint4*>(words[plane][row]));
   }
 }
 
@@ -168,17 +175,17 @@ __device__ __forceinline__ void write_tile(
     place.column = int64_t{tile.column_tile} * kColumns + column;
     place.count = p.n - place.column;
     const uint32_t base = terms.base + terms.row * static_cast<uint32_t>(s.row_ones[row]);
-    int32_t dots[kGroup];
+    uint32_t dots[kGroup];
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) {
       const auto ones = static_cast<uint32_t>(s.column_ones[column + e]);
-      dots[e] = static_cast<int32_t>(base + terms.sum * chosen[e] + terms.column * ones);
+      dots[e] = base + terms.sum * chosen[e] + terms.column * ones;
     }
     const int64_t start = (tile.batch * p.m + place.row) * p.n + place.column;
     if (p.out_kind == BinaryOut::kInt32) {
       if (place.row < p.m) {
-        store_group(static_cast<uint32_t*>(p.out) + start, int4{dots[0], dots[1], dots[2], dots[3]},
-                    plan.aligned, place.count);
+        store_group(static_cast<uint32_t*>(p.out) + start,
+                    uint4{dots[0], dots[1], dots[2], dots[3]}, plan.aligned, place.count);
       }
       continue;
     }

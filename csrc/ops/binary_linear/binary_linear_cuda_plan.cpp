@@ -5,10 +5,6 @@
 namespace fastbb {
 namespace {
 
-// Large tiles read less, small ones make more blocks: the former from where they give each
-// multiprocessor of the larger devices about two.
-constexpr int64_t kManyTiles = 256;
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t element_bytes(const BinaryLinearParams& p) {
@@ -17,12 +13,12 @@ int64_t element_bytes(const BinaryLinearParams& p) {
 
 }  // namespace
 
-BinaryLinearCudaPlan binary_linear_cuda_plan(const BinaryLinearParams& p) {
+BinaryLinearCudaPlan binary_linear_cuda_plan(const BinaryLinearParams& p, int64_t many_tiles) {
   BinaryLinearCudaPlan plan{};
   if (p.batch == 0 || p.m == 0 || p.n == 0) return plan;
   const int64_t column_tiles = divide_up(p.n, kBinaryCudaColumns);
   const int64_t many = p.batch * divide_up(p.m, kBinaryCudaManyRows) * column_tiles;
-  plan.rows = many >= kManyTiles ? kBinaryCudaManyRows : kBinaryCudaFewRows;
+  plan.rows = many >= many_tiles ? kBinaryCudaManyRows : kBinaryCudaFewRows;
   const int64_t row_tiles = divide_up(p.m, plan.rows);
   // Where these do not fit, the grid is refused.
   plan.row_tiles = static_cast<uint32_t>(row_tiles);

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "core/torch_api.h"
+#include "ops/binary_pack/binary_pack_cuda.h"
 
 namespace fastbb {
 namespace {
@@ -82,6 +83,15 @@ void launch_pack(const BinaryPackParams& p) {
   for_groups(plan, [&](int64_t begin, int64_t end) { kernels.pack(p, plan, begin, end); });
 }
 
+#ifdef FASTBB_WITH_CUDA
+void launch_pack_cuda(const Site& site, const BinaryPackParams& p) {
+  const BinaryPackCudaPlan plan = binary_pack_cuda_plan(p.rows, p.k);
+  if (plan.launch.grid == 0) return;
+  launch_on_device_of(site.op, site.like,
+                      [&](void* stream) { return binary_pack_cuda(p, plan, stream); });
+}
+#endif
+
 // ---- pack_bits ----
 
 // A result, the parameters of its kernel, and the tensors that these point into.
@@ -126,6 +136,15 @@ Tensor pack_bits(const Tensor& x, const OptionalTensor& shift, const OptionalTen
   launch_pack(call.params);
   return call.bits;
 }
+
+#ifdef FASTBB_WITH_CUDA
+Tensor pack_bits_cuda(const Tensor& x, const OptionalTensor& shift, const OptionalTensor& alpha,
+                      const std::string& kind) {
+  const PackCall call = describe_pack(x, shift, alpha, kind, Backend::kCuda);
+  launch_pack_cuda({kPack, x, Backend::kCuda}, call.params);
+  return call.bits;
+}
+#endif
 
 // ---- pack_weight ----
 
@@ -204,6 +223,34 @@ std::tuple<Tensor, Tensor> pack_weight(const Tensor& weight, const std::string& 
   return {call.bits, call.scale};
 }
 
+#ifdef FASTBB_WITH_CUDA
+// Sums, means and bits follow each other on the stream; the host learns of none.
+std::tuple<Tensor, Tensor> pack_weight_cuda(const Tensor& weight, const std::string& center,
+                                            const std::string& scale,
+                                            const std::string& zero_policy) {
+  WeightCall call = describe_weight(weight, center, scale, zero_policy, Backend::kCuda);
+  const bool rows = call.center == Over::kRow;
+  const Tensor middle = new_float32(weight, {rows ? call.stats.rows : 1});
+  const BinaryMeansParams means{call.stats.sums,
+                                call.stats.rows,
+                                call.stats.k,
+                                call.center == Over::kNone ? nullptr : floats(middle),
+                                rows,
+                                floats(call.scale),
+                                call.scale_over == Over::kRow};
+  call.pack.center = means.center;
+  call.pack.center_row = rows ? 1 : 0;
+  launch_on_device_of(kWeight, weight, [&](void* stream) {
+    const BinaryPackCudaPlan plan = binary_stats_cuda_plan(means.rows);
+    const char* problem =
+        plan.launch.grid == 0 ? nullptr : binary_stats_cuda(call.stats, plan, stream);
+    return problem == nullptr ? binary_means_cuda(means, stream) : problem;
+  });
+  launch_pack_cuda({kWeight, weight, Backend::kCuda}, call.pack);
+  return {call.bits, call.scale};
+}
+#endif
+
 // ---- unpack_bits and binary_embedding ----
 
 struct UnpackCall {
@@ -233,6 +280,9 @@ void describe_bits(const Site& site, const Tensor& bits, BitKind kind, int64_t k
   check(bits.size(dims - 1) == row, site.op, "bits",
         "must have 16 bytes for every 128 of k begun in its last dimension", shape_of(bits));
   call.bits = bits.is_contiguous() ? bits : torch::stable::contiguous(bits);
+  // Kernels of CUDA read words: a view that starts in between is copied.
+  const bool aligned = reinterpret_cast<uintptr_t>(call.bits.const_data_ptr()) % 4 == 0;
+  if (site.backend == Backend::kCuda && !aligned) call.bits = torch::stable::clone(call.bits);
   BinaryUnpackParams& p = call.params;
   p.dtype = result_dtype(site.op, dtype);
   p.kind = kind;
@@ -322,6 +372,29 @@ Tensor binary_embedding(const Tensor& ids, const Tensor& bits, const Tensor& sca
   return call.out;
 }
 
+#ifdef FASTBB_WITH_CUDA
+void launch_unpack_cuda(const Site& site, const BinaryUnpackParams& p) {
+  const BinaryPackCudaPlan plan = binary_pack_cuda_plan(p.rows, p.k);
+  if (plan.launch.grid == 0) return;
+  launch_on_device_of(site.op, site.like,
+                      [&](void* stream) { return binary_unpack_cuda(p, plan, stream); });
+}
+
+Tensor unpack_bits_cuda(const Tensor& bits, int64_t k, const std::string& kind, ScalarType dtype) {
+  const UnpackCall call = describe_unpack(bits, k, kind, dtype, Backend::kCuda);
+  launch_unpack_cuda({kUnpack, bits, Backend::kCuda}, call.params);
+  return call.out;
+}
+
+// Rows of ids beyond the table are NaN: nobody waits for the device here.
+Tensor binary_embedding_cuda(const Tensor& ids, const Tensor& bits, const Tensor& scale, int64_t k,
+                             ScalarType dtype) {
+  const UnpackCall call = describe_embedding(ids, bits, scale, k, dtype, Backend::kCuda);
+  launch_unpack_cuda({kEmbedding, ids, Backend::kCuda}, call.params);
+  return call.out;
+}
+#endif
+
 }  // namespace
 }  // namespace fastbb
 
@@ -340,3 +413,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastbb, CPU, m) {
   m.impl("unpack_bits", TORCH_BOX(&fastbb::unpack_bits));
   m.impl("binary_embedding", TORCH_BOX(&fastbb::binary_embedding));
 }
+
+#ifdef FASTBB_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastbb, CUDA, m) {
+  m.impl("pack_bits", TORCH_BOX(&fastbb::pack_bits_cuda));
+  m.impl("pack_weight", TORCH_BOX(&fastbb::pack_weight_cuda));
+  m.impl("unpack_bits", TORCH_BOX(&fastbb::unpack_bits_cuda));
+  m.impl("binary_embedding", TORCH_BOX(&fastbb::binary_embedding_cuda));
+}
+#endif

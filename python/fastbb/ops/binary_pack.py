@@ -195,7 +195,7 @@ def binary_embedding(
     This is the form for inference: nothing gets a gradient, the scale neither.
 
     Raises: IndexError (an id outside the table; RuntimeError in compiled graphs, which cannot
-    look into tensors), ValueError (shape, device, k, impl), TypeError (type, dtype),
+    look into tensors; CUDA kernels, whose ids nobody waits for, make its row NaN), ValueError (shape, device, k, impl), TypeError (type, dtype),
     NotImplementedError (valid, but not in this kernel, with `impl="fused"`).
     """
     op = "binary_embedding"

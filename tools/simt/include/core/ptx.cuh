@@ -32,6 +32,13 @@ void cp_async_wait() {
   simt::copy_wait(kNewest);
 }
 
+template <class Group>
+void store_global(void* to, Group x) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof x != 0)
+    simt::fail("a store to a misaligned address");
+  std::memcpy(to, &x, sizeof x);
+}
+
 // A lane's row of a matrix, and the registers that it gets.
 struct Rows {
   uint16_t row[8];
