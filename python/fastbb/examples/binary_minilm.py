@@ -32,8 +32,8 @@ their sums are rounded differently, and a sum near a threshold can become the ot
 FLOAT, BINARY, PACKED = "fp32", "binary, training form", "binary, packed"
 
 
-TEACHER = Schedule(steps=260, batch=32, rate=5e-5, warmup=0.1)
-STUDENT = Schedule(steps=1200, batch=16, rate=1e-3)
+TEACHER = Schedule(steps=200, batch=32, rate=5e-5, warmup=0.1)
+STUDENT = Schedule(steps=1000, batch=16, rate=1e-3)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Options:
     """Training documents that are kept out of training, for the curves."""
     test_documents: int | None = None
     """How many of the test documents are used; None: all."""
-    points: int = 10
+    points: int = 8
     """Of each curve."""
     precision: str = "auto"
     """Of matrix products in training: `"fp32"`, `"bf16"`, or `"auto"`: bf16 where it is fast."""
