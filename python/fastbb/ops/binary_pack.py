@@ -195,9 +195,9 @@ def binary_embedding(
     This is the form for inference: nothing gets a gradient, the scale neither.
 
     Raises: IndexError (an id outside the table; RuntimeError in compiled graphs, which cannot
-    look into tensors; CUDA kernels, whose ids nobody waits for, make its row NaN), ValueError
-    (shape, device, k, impl), TypeError (type, dtype), NotImplementedError (valid, but not in this
-    kernel, with `impl="fused"`).
+    look into tensors), ValueError (shape, device, k, impl), TypeError (type, dtype),
+    NotImplementedError (valid, but not in this kernel, with `impl="fused"`). On CUDA devices
+    nobody waits to learn of such an id: its row is NaN.
     """
     op = "binary_embedding"
     check_tensor(op, "ids", ids, (torch.int64, torch.int32))
