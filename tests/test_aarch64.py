@@ -52,7 +52,7 @@ def test_results_are_exact(tmp_path: Path) -> None:
 def test_wrong_counts_are_noticed(tmp_path: Path) -> None:
     """The tile in use is NEON's: a change of its branch alone makes results wrong."""
     header = (ROOT / "csrc/core/popcount.h").read_text()
-    neon = "vcntq_u8(bit_cast<uint8x16_t>(x))"
+    neon = "vcntq_u8(bit_cast<uint8x16_t>(words))"
     assert header.count(neon) == 1
     (tmp_path / "core").mkdir()
     (tmp_path / "core/popcount.h").write_text(header.replace(neon, f"vrbitq_u8({neon})"))

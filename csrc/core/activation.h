@@ -7,10 +7,6 @@
 namespace fastbb {
 namespace {
 
-FASTBB_INLINE VecF absolute(VecF x) {
-  return bit_cast<VecF>(bit_cast<VecI>(x) & broadcast(int32_t{0x7fffffff}));
-}
-
 // erf(x) with an absolute error below 3e-7: formula 7.1.26 of Abramowitz and Stegun; NaN stays NaN.
 FASTBB_INLINE VecF erf(VecF x) {
   const VecF size = absolute(x);

@@ -69,6 +69,11 @@ FASTBB_INLINE uint32_t bits_of(Mask mask) {
 #endif
 }
 
+#if defined(__AVX512DQ__)
+// Of a comparison in lanes, which are all ones or all zeros.
+FASTBB_INLINE uint32_t bits_of(VecI mask) { return _mm512_movepi32_mask(bit_cast<__m512i>(mask)); }
+#endif
+
 // The lowest kLanes bits; those above do not matter.
 FASTBB_INLINE Mask mask_of(uint32_t bits) {
 #if defined(__AVX512F__)
@@ -78,8 +83,6 @@ FASTBB_INLINE Mask mask_of(uint32_t bits) {
   return (broadcast(static_cast<int32_t>(bits)) & own) == own;
 #endif
 }
-
-FASTBB_INLINE VecF absolute(VecF v) { return bit_cast<VecF>(bit_cast<VecI>(v) & 0x7fffffff); }
 
 }  // namespace
 }  // namespace fastbb

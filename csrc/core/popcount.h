@@ -29,6 +29,36 @@ using VecB = uint8_t __attribute__((vector_size(kLanes * 4)));
 
 FASTBB_INLINE VecW broadcast_word(uint64_t x) { return x + VecW{}; }
 
+// The ones of every byte, of whole vectors of any integers.
+template <class Vec>
+FASTBB_INLINE VecB count_bytes(Vec words) {
+#if defined(__AVX512BW__)
+  const __m512i table =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m512i low = _mm512_set1_epi8(15);
+  const __m512i v = bit_cast<__m512i>(words);
+  return bit_cast<VecB>(
+      _mm512_add_epi8(_mm512_shuffle_epi8(table, _mm512_and_si512(v, low)),
+                      _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v, 4), low))));
+#elif defined(__AVX2__)
+  const __m256i table =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m256i low = _mm256_set1_epi8(15);
+  const __m256i v = bit_cast<__m256i>(words);
+  return bit_cast<VecB>(
+      _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(v, low)),
+                      _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low))));
+#elif defined(__aarch64__)
+  return bit_cast<VecB>(vcntq_u8(bit_cast<uint8x16_t>(words)));
+#else
+  VecW x = bit_cast<VecW>(words);
+  x = x - ((x >> 1) & 0x5555555555555555u);
+  x = (x & 0x3333333333333333u) + ((x >> 2) & 0x3333333333333333u);
+  x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+  return bit_cast<VecB>(x);
+#endif
+}
+
 #if defined(__AVX512VPOPCNTDQ__)
 // Words of a row that may be summed before `widen`: no limit.
 constexpr int64_t kCountSteps = INT64_MAX;
@@ -39,33 +69,6 @@ FASTBB_INLINE VecW widen_count(VecW sum) { return sum; }
 #else
 // 8 ones per byte at most, 31 times.
 constexpr int64_t kCountSteps = 31;
-
-FASTBB_INLINE VecB count_bytes(VecW x) {
-#if defined(__AVX512BW__)
-  const __m512i table =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-  const __m512i low = _mm512_set1_epi8(15);
-  const __m512i v = bit_cast<__m512i>(x);
-  return bit_cast<VecB>(
-      _mm512_add_epi8(_mm512_shuffle_epi8(table, _mm512_and_si512(v, low)),
-                      _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v, 4), low))));
-#elif defined(__AVX2__)
-  const __m256i table =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-  const __m256i low = _mm256_set1_epi8(15);
-  const __m256i v = bit_cast<__m256i>(x);
-  return bit_cast<VecB>(
-      _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(v, low)),
-                      _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low))));
-#elif defined(__aarch64__)
-  return bit_cast<VecB>(vcntq_u8(bit_cast<uint8x16_t>(x)));
-#else
-  x = x - ((x >> 1) & 0x5555555555555555u);
-  x = (x & 0x3333333333333333u) + ((x >> 2) & 0x3333333333333333u);
-  x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu;
-  return bit_cast<VecB>(x);
-#endif
-}
 
 FASTBB_INLINE VecW count_add(VecW sum, VecW x) {
   return bit_cast<VecW>(bit_cast<VecB>(sum) + count_bytes(x));

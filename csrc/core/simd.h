@@ -85,6 +85,8 @@ FASTBB_INLINE VecF max(VecF a, VecF b) {
 #endif
 }
 
+FASTBB_INLINE VecF absolute(VecF x) { return bit_cast<VecF>(bit_cast<VecI>(x) & 0x7fffffff); }
+
 #if defined(__clang__)
 template <int... kIndex>
 FASTBB_INLINE VecF shuffle(VecF a, VecF b, std::integer_sequence<int, kIndex...>) {

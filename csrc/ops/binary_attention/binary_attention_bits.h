@@ -10,12 +10,9 @@
 #include <limits>
 #include <type_traits>
 
-#include "core/simd.h"
+#include "core/mask.h"
+#include "core/popcount.h"
 #include "ops/binary_attention/binary_attention.h"
-
-#if defined(__aarch64__)
-#include <arm_neon.h>
-#endif
 
 namespace fastbb {
 namespace {
@@ -33,25 +30,8 @@ constexpr int kFieldWords = 31;
 FASTBB_INLINE VecU count_fields(VecU v) {
 #if defined(__AVX512VPOPCNTDQ__)
   return bit_cast<VecU>(_mm512_popcnt_epi32(bit_cast<__m512i>(v)));
-#elif defined(__AVX512BW__)
-  const __m512i ones = _mm512_set4_epi32(0x04030302, 0x03020201, 0x03020201, 0x02010100);
-  const __m512i low = bit_cast<__m512i>(v & 0x0f0f0f0fu);
-  const __m512i high = bit_cast<__m512i>((v >> 4) & 0x0f0f0f0fu);
-  return bit_cast<VecU>(
-      _mm512_add_epi8(_mm512_shuffle_epi8(ones, low), _mm512_shuffle_epi8(ones, high)));
-#elif defined(__AVX2__)
-  const __m256i ones = _mm256_set_epi32(0x04030302, 0x03020201, 0x03020201, 0x02010100, 0x04030302,
-                                        0x03020201, 0x03020201, 0x02010100);
-  const __m256i low = bit_cast<__m256i>(v & 0x0f0f0f0fu);
-  const __m256i high = bit_cast<__m256i>((v >> 4) & 0x0f0f0f0fu);
-  return bit_cast<VecU>(
-      _mm256_add_epi8(_mm256_shuffle_epi8(ones, low), _mm256_shuffle_epi8(ones, high)));
-#elif defined(__aarch64__)
-  return bit_cast<VecU>(vcntq_u8(bit_cast<uint8x16_t>(v)));
 #else
-  v = v - ((v >> 1) & 0x55555555u);
-  v = (v & 0x33333333u) + ((v >> 2) & 0x33333333u);
-  return (v + (v >> 4)) & 0x0f0f0f0fu;
+  return bit_cast<VecU>(count_bytes(v));
 #endif
 }
 
@@ -71,28 +51,8 @@ FASTBB_INLINE VecI add_fields(VecU counts) {
 #endif
 }
 
-// Bit i: lane i of a mask, which is all ones or zero.
-FASTBB_INLINE uint32_t bits_of(VecI mask) {
-#if defined(__AVX512DQ__)
-  return _mm512_movepi32_mask(bit_cast<__m512i>(mask));
-#elif defined(__AVX2__)
-  return static_cast<uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
-#else
-  const VecI own = mask & (broadcast(int32_t{1}) << iota());
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= own[i];
-  return static_cast<uint32_t>(bits);
-#endif
-}
-
 // Bit i: a > b in lane i.
-FASTBB_INLINE uint32_t bits_greater(VecF a, VecF b) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask(bit_cast<__m512>(a), bit_cast<__m512>(b), _CMP_GT_OQ);
-#else
-  return bits_of(a > b);
-#endif
-}
+FASTBB_INLINE uint32_t bits_greater(VecF a, VecF b) { return bits_of(above(a, b)); }
 
 // Lanes at index + 0, 1, ... of `size` floats; 0 beyond.
 template <class T>

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "core/activation.h"
+#include "core/mask.h"
 #include "ops/binary_linear/binary_linear.h"
 #include "ops/binary_linear/binary_linear_tile.h"
 
@@ -101,21 +102,6 @@ void store_floats(const BinaryLinearParams& p, const Tile& tile, const DotTerms&
   });
 }
 
-// One bit per lane, of a comparison's result.
-FASTBB_INLINE uint32_t lane_bits(VecI mask) {
-#if defined(__AVX512DQ__)
-  return _mm512_movepi32_mask(bit_cast<__m512i>(mask));
-#elif defined(__AVX2__)
-  return static_cast<uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
-#elif defined(__x86_64__)
-  return static_cast<uint32_t>(_mm_movemask_ps(bit_cast<__m128>(mask)));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= (static_cast<uint32_t>(mask[i]) & 1u) << i;
-  return bits;
-#endif
-}
-
 // Whether a bit of a plane is set: plane 1 is that of negative values.
 FASTBB_INLINE VecI bit_mask(BitKind kind, int plane, VecF y, VecF threshold) {
   if (plane == 1) return y < threshold;
@@ -154,7 +140,7 @@ void store_bits(const BinaryLinearParams& p, const Tile& tile, const DotTerms& d
   for_dots(tile, d, terms, [&](int r, int c, VecI dot) __attribute__((always_inline)) {
     const VecF y = result<kActivation>(dot, terms, c) + load(terms.shift + c);
     for (int plane = 0; plane < planes; ++plane) {
-      bits.plane[plane][r] |= uint64_t{lane_bits(bit_mask(p.bit_kind, plane, y, threshold))} << c;
+      bits.plane[plane][r] |= uint64_t{bits_of(bit_mask(p.bit_kind, plane, y, threshold))} << c;
     }
   });
   write_bits(p, tile, bits);

@@ -101,11 +101,11 @@ inline void store_intervals(const BinaryLinearParams& p, const Tile& tile, const
   for_dots(tile, d, terms, [&](int r, int c, VecI dot) __attribute__((always_inline)) {
     const VecI outside = (dot < load_as<VecI>(intervals.fall[0] + c)) |
                          (dot >= load_as<VecI>(intervals.rise[0] + c));
-    bits.plane[0][r] |= uint64_t{lane_bits(outside)} << c;
+    bits.plane[0][r] |= uint64_t{bits_of(outside)} << c;
     if (!ternary) return;
     const VecI inside = (dot >= load_as<VecI>(intervals.rise[1] + c)) &
                         (dot < load_as<VecI>(intervals.fall[1] + c));
-    bits.plane[1][r] |= uint64_t{lane_bits(inside)} << c;
+    bits.plane[1][r] |= uint64_t{bits_of(inside)} << c;
   });
   write_bits(p, tile, bits);
 }
