@@ -40,12 +40,12 @@ SAME_COUNT = {
     BITS: r"BMMA\.168256\.AND",
     r"mma\.sync\S*\.s8\.s8": r"IMMA\.16832\.S8\.S8",
     PRODUCTS: r"[A-Z]*MMA\.",
-    r"cp\.async\.cg\.shared\.global": r"LDGSTS\.E\.BYPASS\.128",
     r"ldmatrix\S*\.x4\.shared": r"LDSM\.16\.M88\.4",
     r"ldmatrix\S*\.x4\.trans": r"LDSM\.16\.MT88\.4",
     r"bar\.sync": r"BAR\.SYNC",
     EXPONENTIAL: r"MUFU\.EX2",
 }
+COPY = r"cp\.async\.cg\.shared\.global"
 
 
 def opcodes(path: Path) -> dict[str, Counter[str]]:
@@ -59,11 +59,11 @@ def opcodes(path: Path) -> dict[str, Counter[str]]:
 
 
 def ptx_counts(source: Path, arch: str) -> dict[str, Counter[str]]:
-    """How often each instruction of SAME_COUNT stands in the PTX, by kernel."""
+    """How often the instructions of SAME_COUNT and copies stand in the PTX, by kernel."""
     assert TOOLKIT is not None
     text = TOOLKIT.compile(source, arch).read_text()
     return {
-        name: Counter({p: len(re.findall(p, body)) for p in SAME_COUNT})
+        name: Counter({p: len(re.findall(p, body)) for p in (*SAME_COUNT, COPY)})
         for name, body in kernels_of(text)[1].items()
     }
 
@@ -100,6 +100,10 @@ def test_every_instruction_becomes_one(arch: str, group: str) -> None:
             most = wanted if exact else 2 * wanted
             assert wanted <= found <= most, f"{name}: {expected}"
         assert not [each for each in sass if FORBIDDEN.match(each)], name
+        # Copies are merged and repeated; none may have become narrow.
+        copies = count(sass, r"LDGSTS\.E\.BYPASS\.128")
+        assert copies == count(sass, "LDGSTS"), name
+        assert (copies > 0) == (ptx[COPY] > 0) and copies >= ptx[COPY] // 4, name
 
 
 LOCAL = """
