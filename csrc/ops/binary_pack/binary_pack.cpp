@@ -401,7 +401,7 @@ Tensor binary_embedding_cuda(const Tensor& ids, const Tensor& bits, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(fastbb, m) {
   m.def("pack_bits(Tensor x, Tensor? shift, Tensor? alpha, str kind) -> Tensor");
   m.def("pack_weight(Tensor weight, str center, str scale, str zero_policy) -> (Tensor, Tensor)");
-  m.def("unpack_bits(Tensor bits, int k, str kind, ScalarType dtype) -> Tensor");
+  m.def("unpack_bits(Tensor bits, SymInt k, str kind, ScalarType dtype) -> Tensor");
   m.def(
       "binary_embedding(Tensor ids, Tensor bits, Tensor scale, int k, ScalarType dtype) "
       "-> Tensor");

@@ -20,7 +20,7 @@ from fastbb.ops._checks import (
     last_dim_contiguous,
     use_kernel,
 )
-from fastbb.reference.binary_pack import bit_row_bytes, floored, unpack_bool
+from fastbb.reference.binary_pack import bit_row_bytes, floored
 
 OP = "binary_attention"
 PROBS = ("softmax", "bool")
@@ -280,13 +280,14 @@ def _gradients(
     wide = grad.new_ones(4) if alphas is None else floored(alphas.float())
     a_q, a_k, a_v, a_p = wide.unbind()
     size_p = a_p if probs == "softmax" else torch.ones_like(a_p)
-    bits, *kept = unpack_bool(p_planes, k.shape[2]).unbind(-2)
-    ones = bits.to(grad.dtype)
+    ones, *kept = _unpack(p_planes, k.shape[2], "unsigned").unbind(-2)
 
     weights = _scores((q @ k.mT) * (a_q * a_k), scale, mask, est_q, est_k)
     if probs == "softmax":
         weights = weights.softmax(-1)
-    dropped = torch.where(kept[0], weights / (1 - dropout_p), 0.0) if kept else weights
+    # What was dropped is 0 even where a weight is infinite.
+    keep = kept[0] > 0 if kept else None
+    dropped = weights if keep is None else torch.where(keep, weights / (1 - dropout_p), 0.0)
     grad_p = (grad @ v.mT) * a_v
     row_sums = grad.sum(-1, keepdim=True)
     if v_p is not None:
@@ -297,8 +298,8 @@ def _gradients(
     else:
         inside = dropped.abs() < 1
     grad_w = grad_p * inside
-    if kept:
-        grad_w = torch.where(kept[0], grad_w / (1 - dropout_p), 0.0)
+    if keep is not None:
+        grad_w = torch.where(keep, grad_w / (1 - dropout_p), 0.0)
     if probs == "softmax":
         grad_w = weights * (grad_w - (weights * grad_w).sum(-1, keepdim=True))
     grad_s = grad_w * scale
@@ -338,9 +339,14 @@ def _scores(
 
 
 def _signs(planes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Planes `[B, N, h, 3, bytes]` -> signs, float32, and where gradients pass: `[B, h, N, d]`."""
-    positive, negative, passes = unpack_bool(planes.transpose(1, 2), channels).unbind(-2)
-    return positive.float() - negative.float(), passes
+    """Planes `[B, N, h, 3, bytes]` -> signs, float32, and 1 where gradients pass: `[B, h, N, d]`."""
+    signs = _unpack(planes[..., :2, :], channels, "ternary")
+    passes = _unpack(planes[..., 2, :], channels, "unsigned")
+    return signs.transpose(1, 2), passes.transpose(1, 2)
+
+
+def _unpack(bits: Tensor, channels: int, kind: str) -> Tensor:
+    return torch.ops.fastbb.unpack_bits.default(bits, channels, kind, torch.float32)
 
 
 def _mean_root(x: Tensor) -> Tensor:
