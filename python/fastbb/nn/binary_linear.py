@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from fastbb.nn.binary_calibrate import set_alpha
 from fastbb.ops import binary_linear, binary_linear_train, pack_weight
-from fastbb.ops._checks import fail
+from fastbb.ops._checks import check_choice, fail
+from fastbb.ops.binary_pack import row_bytes
 from fastbb.ops.elastic_binarize import KINDS, STES, Kind, Ste
 
 Center = Literal["none", "tensor", "row"]
@@ -20,20 +21,6 @@ Scale = Literal["tensor", "row"]
 ZeroPolicy = Literal["plus", "minus"]
 WeightSte = Literal["identity", "clip"]
 Activation = Literal["none", "relu", "gelu"]
-
-UNIT = 128
-"""Elements that a packed row is padded to a multiple of."""
-
-
-def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
-    """A string that is one of `choices`."""
-    if value not in choices:
-        fail(op, name, f"must be one of {choices}", repr(value))
-
-
-def packed_bytes(k: int) -> int:
-    """Bytes of a packed row of k signs."""
-    return (k + UNIT - 1) // UNIT * (UNIT // 8)
 
 
 class BinaryLinear(nn.Linear):
@@ -184,7 +171,7 @@ class PackedModule(nn.Module):
     weight_shape: Tensor
 
     def _add_bits(self, rows: int, elements: int, scales: int, device: Any) -> None:
-        bits = torch.zeros(rows, packed_bytes(elements), dtype=torch.uint8, device=device)
+        bits = torch.zeros(rows, row_bytes(elements), dtype=torch.uint8, device=device)
         self.register_buffer("weight_bits", bits)
         self.register_buffer("weight_scale", torch.ones(scales, device=device))
         self.register_buffer("weight_shape", shape_tensor(rows, elements, device))
@@ -233,7 +220,7 @@ class PackedModule(nn.Module):
 
 def _bits_beyond(bits: Tensor, k: int) -> bool:
     """Whether a padding bit of rows of k elements is set."""
-    if bits.dim() != 2 or bits.shape[1] != packed_bytes(k) or bits.is_meta:
+    if bits.dim() != 2 or bits.shape[1] != row_bytes(k) or bits.is_meta:
         return False
     whole, rest = divmod(k, 8)
     tail = bits[:, whole:].clone()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbb.nn.binary_linear import Center, PackedModule, WeightSte, check_choice, shape_tensor
+from fastbb.nn.binary_linear import Center, PackedModule, WeightSte, shape_tensor
 from fastbb.ops import binary_embedding, pack_weight
-from fastbb.ops._checks import fail
+from fastbb.ops._checks import check_choice, fail
 
 
 class BinaryEmbedding(nn.Embedding):

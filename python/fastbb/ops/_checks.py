@@ -41,6 +41,12 @@ def check_shape(op: str, name: str, x: Tensor, shape: Sequence[int], letters: st
         fail(op, name, f"must have shape {letters} = {list(shape)}", list(x.shape))
 
 
+def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """A string that is one of `choices`."""
+    if value not in choices:
+        fail(op, name, f"must be one of {choices}", repr(value))
+
+
 def check_same(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """Same device and dtype as another argument."""
     if x.device != other.device:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastbb import reference
 from fastbb.ops._checks import (
     FLOAT_DTYPES,
+    check_choice,
     check_float,
     check_same,
     check_shape,
@@ -100,10 +101,8 @@ def binary_attention(
     _check(q, k, v, alphas, mask, est_q, est_k, v_p)
     if scale is not None:
         check_float(OP, "scale", scale)
-    if probs not in PROBS:
-        fail(OP, "probs", f"must be one of {PROBS}", repr(probs))
-    if ste not in STES:
-        fail(OP, "ste", f"must be one of {STES}", repr(ste))
+    check_choice(OP, "probs", probs, PROBS)
+    check_choice(OP, "ste", ste, STES)
     check_float(OP, "dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         fail(OP, "dropout_p", "must be at least 0 and below 1", dropout_p)
@@ -339,7 +338,7 @@ def _scores(
 
 
 def _signs(planes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Planes `[B, N, h, 3, bytes]` -> signs, float32, and 1 where gradients pass: `[B, h, N, d]`."""
+    """Planes `[B, N, h, 3, bytes]` -> signs, and 1 where gradients pass: `[B, h, N, d]`."""
     signs = _unpack(planes[..., :2, :], channels, "ternary")
     passes = _unpack(planes[..., 2, :], channels, "unsigned")
     return signs.transpose(1, 2), passes.transpose(1, 2)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastbb import reference
 from fastbb.ops._checks import (
     FLOAT_DTYPES,
+    check_choice,
     check_tensor,
     fail,
     kernel_reasons,
@@ -183,11 +184,6 @@ def _check_inner(op: str, k: Any) -> None:
         fail(op, "k", "must be an int", type(k).__name__, TypeError)
     if not 0 <= k <= MAX_INNER:
         fail(op, "k", f"must be 0 to {MAX_INNER}", k)
-
-
-def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        fail(op, name, f"must be one of {choices}", repr(value))
 
 
 def check_side(op: str, name: str, value: Any, x: Tensor, sizes: tuple[int, ...]) -> None:

@@ -12,13 +12,14 @@ from fastbb import reference
 from fastbb.ops._checks import (
     FLOAT_DTYPES,
     autocast_dtype,
+    check_choice,
     check_tensor,
     fail,
     kernel_reasons,
     last_dim_contiguous,
     use_kernel,
 )
-from fastbb.ops.binary_linear import KINDS, check_choice, check_side
+from fastbb.ops.binary_linear import KINDS, check_side
 from fastbb.ops.elastic_binarize import STES, needs_x
 
 OP = "binary_linear_train"

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from fastbb import reference
-from fastbb.ops._checks import FLOAT_DTYPES, check_tensor, fail, kernel_reasons, use_kernel
+from fastbb.ops._checks import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_tensor,
+    fail,
+    kernel_reasons,
+    use_kernel,
+)
 
 Impl = Literal["auto", "fused", "reference"]
 ZeroPolicy = Literal["plus", "minus", "ternary"]
@@ -53,7 +60,7 @@ def pack_sign(
     """
     op = "pack_sign"
     _check_x(op, x)
-    _check_choice(op, "zero_policy", zero_policy, _ZERO_POLICIES)
+    check_choice(op, "zero_policy", zero_policy, _ZERO_POLICIES)
     _check_shift(op, x, shift)
     if use_kernel(op, impl, can_run("pack_bits", x)):
         return torch.ops.fastbb.pack_bits.default(x, shift, None, zero_policy)
@@ -128,9 +135,9 @@ def pack_weight(
     check_tensor(op, "weight", weight, _WIDE)
     if weight.dim() != 2:
         fail(op, "weight", "must have shape [N, K]", list(weight.shape))
-    _check_choice(op, "center", center, ("none", "tensor", "row"))
-    _check_choice(op, "scale", scale, ("tensor", "row"))
-    _check_choice(op, "zero_policy", zero_policy, _ZERO_POLICIES)
+    check_choice(op, "center", center, ("none", "tensor", "row"))
+    check_choice(op, "scale", scale, ("tensor", "row"))
+    check_choice(op, "zero_policy", zero_policy, _ZERO_POLICIES)
     if use_kernel(op, impl, can_run(op, weight)):
         # Its scale is a float, which autograd must not take for a function of the weight.
         return torch.ops.fastbb.pack_weight.default(weight.detach(), center, scale, zero_policy)
@@ -161,7 +168,7 @@ def unpack_bits(
     but not in this kernel, with `impl="fused"`).
     """
     op = "unpack_bits"
-    _check_choice(op, "kind", kind, _VALUE_KINDS)
+    check_choice(op, "kind", kind, _VALUE_KINDS)
     _check_k(op, k)
     _check_dtype(op, dtype)
     _check_bits(op, bits, k, planes=2 if kind == "ternary" else 1)
@@ -222,6 +229,11 @@ def binary_embedding(
         raise
 
 
+def row_bytes(k: int) -> int:
+    """Bytes of a packed row of k elements: 16 for every 128 begun."""
+    return reference.bit_row_bytes(k)
+
+
 def can_run(op: str, x: Tensor, dtype: torch.dtype | None = None) -> list[str]:
     """Reasons why the kernel of a raw operator cannot serve a (valid) tensor; empty when it can.
     `dtype` is that of the floats, where they are not x.
@@ -247,11 +259,6 @@ def _check_shift(op: str, x: Tensor, shift: Any) -> None:
     _check_device(op, "shift", shift, "x", x)
     if shift.dim() != 1 or shift.shape[0] != x.shape[-1]:
         fail(op, "shift", f"must have shape [K] = [{x.shape[-1]}]", list(shift.shape))
-
-
-def _check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        fail(op, name, f"must be one of {list(choices)}", repr(value))
 
 
 def _check_k(op: str, k: Any) -> None:

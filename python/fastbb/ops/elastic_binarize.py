@@ -11,6 +11,7 @@ from torch import Tensor
 from fastbb import reference
 from fastbb.ops._checks import (
     FLOAT_DTYPES,
+    check_choice,
     check_shape,
     check_tensor,
     fail,
@@ -121,10 +122,8 @@ def _check(x: Any, alpha: Any, shift: Any, kind: Any, ste: Any) -> None:
     check_tensor(OP, "x", x, _DTYPES)
     if x.dim() < 1:
         fail(OP, "x", "must be [..., K]", list(x.shape))
-    if kind not in KINDS:
-        fail(OP, "kind", f"must be one of {KINDS}", repr(kind))
-    if ste not in STES:
-        fail(OP, "ste", f"must be one of {STES}", repr(ste))
+    check_choice(OP, "kind", kind, KINDS)
+    check_choice(OP, "ste", ste, STES)
     for name, side in (("alpha", alpha), ("shift", shift)):
         if side is None:
             continue
