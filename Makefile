@@ -75,6 +75,8 @@ bench: $(BUILT)  ## time attention layers against eager, SDPA and torch.compile
 bench-results: $(BUILT)  ## measure layers and whole models, rewrite bench/results (an hour)
 	$(BIN)/python bench/bench_window_attention.py --modes forward,forward+backward
 	$(BIN)/python bench/bench_models.py
+	$(BIN)/python bench/bench_binary_linear.py
+	$(BIN)/python bench/bench_binary_models.py
 	$(BIN)/python bench/report.py
 
 .PHONY: test-abi
@@ -115,7 +117,7 @@ docs: $(BUILT)  ## rewrite the generated tables of docs/backends.md
 
 .PHONY: clean
 clean:  ## remove build trees and caches, keep environments
-	rm -rf build dist fastbb-demo .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	rm -rf build dist fastbb-demo fastbb-binary-minilm .pytest_cache .ruff_cache .mypy_cache .benchmarks
 	rm -f $(STAMPS)/built*
 	find python tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
