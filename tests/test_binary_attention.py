@@ -16,8 +16,8 @@ from fastbb.ops import binary_attention
 from fastbb.reference.binary_pack import pack_bool, unpack_bool
 from fastbb.reference.philox import philox_keep
 from fastbb.testing import TOLERANCES, Bounds, assert_close, assert_grads_close
-from fastbb.testing.binary_attention import CASES, build, in_float64, raw_args
-from fastbb.testing.sample import leaves, random_like
+from fastbb.testing.binary_attention import CASES, build, raw_args
+from fastbb.testing.sample import in_float64, leaves, random_like
 
 OP = torch.ops.fastbb.binary_attention.default
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -14,7 +14,8 @@ from torch import Tensor
 from fastbb.ops import binary_attention
 from fastbb.ops.binary_attention import can_run
 from fastbb.testing import TOLERANCES, assert_close
-from fastbb.testing.binary_attention import build, in_float64, raw_args
+from fastbb.testing.binary_attention import build, raw_args
+from fastbb.testing.sample import in_float64
 
 OP = torch.ops.fastbb.binary_attention.default
 BOUNDS = TOLERANCES["fastbb::binary_attention"][torch.float32].forward

@@ -18,8 +18,8 @@ from fastbb import nn, reference
 from fastbb.ops import elastic_binarize
 from fastbb.ops.elastic_binarize import KINDS, STES, needs_x, plane_count
 from fastbb.testing import TOLERANCES, assert_close, assert_grads_close
-from fastbb.testing.elastic_binarize import CASES, build, exact_planes, in_float64
-from fastbb.testing.sample import leaves, random_like
+from fastbb.testing.elastic_binarize import CASES, build, exact_planes
+from fastbb.testing.sample import in_float64, leaves, random_like
 from window_oracle import threads
 
 FORWARD = torch.ops.fastbb.elastic_binarize.default

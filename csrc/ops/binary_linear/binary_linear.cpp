@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "core/bit_names.h"
 #include "core/torch_api.h"
 #include "ops/binary_linear/binary_linear_cuda.h"
 #include "ops/binary_pack/binary_pack.h"
@@ -31,21 +32,6 @@ struct Call {
     return keep.back();
   }
 };
-
-BitKind value_kind(const char* op, const char* argument, const std::string& name) {
-  if (name == "signed") return BitKind::kPlus;
-  if (name == "unsigned") return BitKind::kUnsigned;
-  if (name == "ternary") return BitKind::kTernary;
-  fail(op, argument, "must be signed, unsigned or ternary", name);
-}
-
-BitKind bit_kind(const char* op, const char* argument, const std::string& name) {
-  if (name == "plus") return BitKind::kPlus;
-  if (name == "minus") return BitKind::kMinus;
-  if (name == "ternary") return BitKind::kTernary;
-  if (name == "unsigned") return BitKind::kUnsigned;
-  fail(op, argument, "must be plus, minus, ternary or unsigned", name);
-}
 
 Activation activation_of(const std::string& name) {
   if (name == "none") return Activation::kNone;

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <limits>
 
+#include "core/bit_names.h"
 #include "core/torch_api.h"
 #include "ops/binary_pack/binary_pack_cuda.h"
 
@@ -54,13 +55,11 @@ std::vector<int64_t> leading(const Tensor& x, int64_t dropped) {
   return shape;
 }
 
-BitKind pack_kind(const char* op, const char* argument, const std::string& name, bool all) {
-  if (name == "plus") return BitKind::kPlus;
-  if (name == "minus") return BitKind::kMinus;
-  if (name == "ternary") return BitKind::kTernary;
-  if (all && name == "unsigned") return BitKind::kUnsigned;
-  fail(op, argument,
-       all ? "must be plus, minus, ternary or unsigned" : "must be plus, minus or ternary", name);
+// Weights have no threshold: they cannot be unsigned.
+BitKind weight_kind(const std::string& name) {
+  check(name == "plus" || name == "minus" || name == "ternary", kWeight, "zero_policy",
+        "must be plus, minus or ternary", name);
+  return bit_kind(kWeight, "zero_policy", name);
 }
 
 // Packed rows of x, uninitialised.
@@ -109,7 +108,7 @@ PackCall describe_pack(const Tensor& x, const OptionalTensor& shift, const Optio
   PackCall call;
   BinaryPackParams& p = call.params;
   p.dtype = kernel_dtype(kPack, "x", x);
-  p.kind = pack_kind(kPack, "kind", kind, true);
+  p.kind = bit_kind(kPack, "kind", kind);
   p.k = x.size(x.dim() - 1);
   if (shift) {
     const bool fits = shift->dim() == 1 && shift->size(0) == p.k;
@@ -176,7 +175,7 @@ WeightCall describe_weight(const Tensor& weight, const std::string& center,
   call.center = over_of("center", center, true);
   call.scale_over = over_of("scale", scale, false);
   const Dtype dtype = kernel_dtype(kWeight, "weight", weight);
-  const BitKind kind = pack_kind(kWeight, "zero_policy", zero_policy, false);
+  const BitKind kind = weight_kind(zero_policy);
   const int64_t rows = weight.size(0), k = weight.size(1);
   call.x = as_rows(weight);
   call.bits = new_bits(weight, kind, k);
@@ -303,19 +302,10 @@ void set_result(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype
 
 UnpackCall describe_unpack(const Tensor& bits, int64_t k, const std::string& kind, ScalarType dtype,
                            Backend backend) {
-  BitKind bit_kind{};
-  if (kind == "signed") {
-    bit_kind = BitKind::kPlus;
-  } else if (kind == "unsigned") {
-    bit_kind = BitKind::kUnsigned;
-  } else if (kind == "ternary") {
-    bit_kind = BitKind::kTernary;
-  } else {
-    fail(kUnpack, "kind", "must be signed, unsigned or ternary", kind);
-  }
+  const BitKind values = value_kind(kUnpack, "kind", kind);
   UnpackCall call;
-  describe_bits({kUnpack, bits, backend}, bits, bit_kind, k, dtype, call);
-  set_result(bits, leading(bits, bit_planes(bit_kind)), dtype, call.params.bit_rows, call);
+  describe_bits({kUnpack, bits, backend}, bits, values, k, dtype, call);
+  set_result(bits, leading(bits, bit_planes(values)), dtype, call.params.bit_rows, call);
   return call;
 }
 

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "core/bit_names.h"
 #include "core/torch_api.h"
 #include "ops/elastic_binarize/elastic_binarize_cuda.h"
 
@@ -11,14 +12,6 @@ namespace fastbb {
 namespace {
 
 constexpr const char* kOp = "elastic_binarize";
-
-BitKind kind_of(const std::string& name) {
-  if (name == "plus") return BitKind::kPlus;
-  if (name == "minus") return BitKind::kMinus;
-  if (name == "ternary") return BitKind::kTernary;
-  if (name == "unsigned") return BitKind::kUnsigned;
-  fail(kOp, "kind", "must be plus, minus, ternary or unsigned", name);
-}
 
 Ste ste_of(const std::string& name) {
   if (name == "clip") return Ste::kClip;
@@ -91,7 +84,7 @@ Call describe(const char* name, const Tensor& main, const OptionalTensor& alpha,
   Call call{main, backend};
   ElasticBinarizeParams& p = call.params;
   p.dtype = kernel_dtype(kOp, name, main);
-  p.kind = kind_of(kind);
+  p.kind = bit_kind(kOp, "kind", kind);
   p.ste = ste_of(ste);
   p.k = main.size(main.dim() - 1);
   p.rows = 1;

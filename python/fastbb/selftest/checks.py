@@ -23,8 +23,8 @@ from fastbb.testing import (
     assert_close,
     assert_grads_close,
 )
-from fastbb.testing import binary_attention as binary_attention_samples
 from fastbb.testing import elastic_binarize as _elastic
+from fastbb.testing.sample import in_float64 as plain_in_float64
 from fastbb.testing.sample import leaves, random_like
 from fastbb.testing.window_attention import in_float64, raw_args
 
@@ -168,7 +168,7 @@ def _exact_binary_attention(sample: Sample) -> Outputs:
     """The result by the reference in float64; planes of q, k and v from the CPU kernel. Those of
     the probabilities may differ at ties, which the result would show.
     """
-    kwargs = binary_attention_samples.in_float64(sample.kwargs)
+    kwargs = plain_in_float64(sample.kwargs)
     _, _, *planes = torch.ops.fastbb.binary_attention.default(*sample.args)
     names = ("q_planes", "k_planes", "v_planes")
     exact = dict(zip(names, planes[:3], strict=True))
@@ -198,17 +198,17 @@ def _gradients(result: Tensor, sample: Sample, wanted: dict[str, Tensor]) -> Out
 
 
 def _exact_elastic(sample: Sample) -> Outputs:
-    kwargs = _elastic.in_float64(sample.kwargs)
+    kwargs = plain_in_float64(sample.kwargs)
     planes = _elastic.exact_planes(kwargs) if sample.args[-1] else torch.empty(0)
     return {"out": elastic_binarize(**kwargs, impl="reference"), "planes": planes.double()}
 
 
 def _exact_planes(sample: Sample) -> Outputs:
-    return {"out": _elastic.exact_planes(_elastic.in_float64(sample.kwargs)).double()}
+    return {"out": _elastic.exact_planes(plain_in_float64(sample.kwargs)).double()}
 
 
 def _exact_elastic_gradients(sample: Sample) -> Outputs:
-    kwargs = _elastic.in_float64(sample.kwargs)
+    kwargs = plain_in_float64(sample.kwargs)
     return _gradients(elastic_binarize(**kwargs, impl="reference"), sample, leaves(kwargs))
 
 

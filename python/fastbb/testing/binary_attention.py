@@ -179,14 +179,6 @@ def _last_dim_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments in float64, for exact results."""
-    return {
-        key: x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-        for key, x in kwargs.items()
-    }
-
-
 def samples(
     device: str | torch.device,
     dtype: torch.dtype,

@@ -163,17 +163,6 @@ def planes_samples(
         yield Sample(sample.name, sample.args[:-1], sample.kwargs)
 
 
-def in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments in float64. Leaves that require gradients stay such leaves."""
-
-    def double(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return x.detach().double().requires_grad_(x.requires_grad)
-
-    return {key: double(x) for key, x in kwargs.items()}
-
-
 def exact_planes(kwargs: dict[str, Any]) -> Tensor:
     """The planes of a call, uint8 `[..., P, bytes]`, bit by bit from what they mean."""
     x, alpha, shift, kind, ste = (kwargs[key] for key in ("x", "alpha", "shift", "kind", "ste"))

@@ -34,6 +34,16 @@ def leaves(kwargs: dict[str, Any]) -> dict[str, Tensor]:
     return {key: x for key, x in kwargs.items() if isinstance(x, Tensor) and x.requires_grad}
 
 
+def in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments in float64, for exact results. Leaves that require gradients stay such
+    leaves.
+    """
+    return {
+        key: x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+        for key, x in kwargs.items()
+    }
+
+
 def random_like(x: Tensor, seed: int) -> Tensor:
     """Normally distributed numbers, the same for every dtype and device but for rounding."""
     generator = torch.Generator().manual_seed(seed)
